@@ -1,0 +1,294 @@
+"""The configuration: one dataclass a section, read from TOML and the command line.
+
+    python -m mpilm.train --config jobs/gpt-10m.toml --optim.lr 3e-4
+
+Every default stands here and nowhere else. What depends on the machine ("auto") is decided
+where it is measured, and the decision is written into the run directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mpilm.log import UserError
+
+Auto = Literal["auto", "on", "off"]
+
+
+@dataclass
+class Run:
+    """What is run, where to, and under which promises.
+
+    Args:
+        dir: Run directory: configuration, metrics and checkpoints.
+        steps: Optimizer updates in all, over every resume.
+        seed: Draws the initial weights and the order of the data.
+        resume: `auto` (the newest complete checkpoint of the run directory), `never`, or a checkpoint's path.
+        reproducible: The same bits on any number of ranks.
+        precision: Arithmetic of the model: `auto` takes bf16 where it is measurably faster.
+        compile: torch.compile: `auto` where the run is long enough to pay for it.
+        threads: Threads of a rank; 0: one in reproducible mode, else the rank's share of the cores.
+        max_skipped: End the run after so many steps in a row with a NaN or infinite gradient.
+    """
+
+    dir: str = "runs/demo"
+    steps: int = 600
+    seed: int = 1
+    resume: str = "auto"
+    reproducible: bool = True
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: Auto = "auto"
+    threads: int = 0
+    max_skipped: int = 10
+
+
+@dataclass
+class Data:
+    """What is read, and how much of it makes a step.
+
+    Args:
+        path: Folder of HDF5 shards from data_prep.encode; empty: the built-in corpus.
+        sequence_length: Tokens of a sequence.
+        global_batch_size: Sequences of a step, over all ranks.
+        micro_batch_size: Sequences of one forward and backward pass.
+        mask_documents: Attention does not cross from one document into the next.
+    """
+
+    path: str = ""
+    sequence_length: int = 256
+    global_batch_size: int = 32
+    micro_batch_size: int = 4
+    mask_documents: bool = False
+
+
+@dataclass
+class Model:
+    """The shape of the model.
+
+    Args:
+        kind: The file of mpilm/model that defines it.
+        layers: Number of blocks.
+        width: Elements of a token's vector.
+        heads: Attention heads; they divide the width.
+        kv_heads: Heads of keys and values (grouped-query attention); 0: as many as heads.
+        hidden: Width inside the feed-forward network; 0: 8/3 of the width, rounded up to a multiple of 64.
+        vocab_size: Size of the vocabulary; 0: that of the data.
+        tied_embeddings: The output head is the input embedding.
+        rope_theta: Base of the rotary positions.
+        norm_eps: Added to the variance in RMSNorm.
+    """
+
+    kind: str = "gpt"
+    layers: int = 6
+    width: int = 256
+    heads: int = 4
+    kv_heads: int = 0
+    hidden: int = 0
+    vocab_size: int = 0
+    tied_embeddings: bool = False
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+
+@dataclass
+class Optim:
+    """AdamW and its learning rate.
+
+    Args:
+        lr: Peak learning rate.
+        schedule: `cosine`, or `wsd` (warm-up, stable, linear decay at the end).
+        warmup_steps: Steps of linear warm-up.
+        decay_fraction: Share of the steps that wsd decays over.
+        min_lr: Learning rate at the end, as a fraction of the peak.
+        beta1: Decay of the mean of gradients.
+        beta2: Decay of the mean of squared gradients.
+        eps: Added to the root of the mean square.
+        weight_decay: Of matrices; norms are not decayed.
+        clip: Largest global gradient norm; 0: no clipping.
+    """
+
+    lr: float = 2e-3
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 50
+    decay_fraction: float = 0.2
+    min_lr: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass
+class Parallel:
+    """How the model is split over ranks; what is left is data parallel.
+
+    Args:
+        pp: Pipeline stages.
+        tp: Ranks that share every layer.
+    """
+
+    pp: int = 1
+    tp: int = 1
+
+
+@dataclass
+class Sync:
+    """How replicas are kept together.
+
+    Args:
+        kind: The file of mpilm/sync: allreduce.
+        collective: The file of mpilm/comm/collectives: ring, shared, tree, mpi; `auto` measures and picks.
+        bucket_mib: Gradients are reduced in buckets of this size.
+    """
+
+    kind: str = "allreduce"
+    collective: str = "auto"
+    bucket_mib: float = 8.0
+
+
+@dataclass
+class Checkpoint:
+    """When the run is saved.
+
+    Args:
+        every: Save every so many steps, and at the end; 0: only at the end.
+        keep_last: Keep so many of the newest checkpoints.
+        keep_every: Keep those at multiples of this step for good; 0: none.
+    """
+
+    every: int = 200
+    keep_last: int = 2
+    keep_every: int = 0
+
+
+@dataclass
+class Log:
+    """What is told, and how often.
+
+    Args:
+        every: A line of metrics every so many steps.
+        validate_every: Validation loss every so many steps, and at the end; 0: never.
+        validation_sequences: Sequences it is measured on, always the same ones.
+        tensorboard: Also write TensorBoard event files.
+    """
+
+    every: int = 10
+    validate_every: int = 100
+    validation_sequences: int = 128
+    tensorboard: bool = True
+
+
+@dataclass
+class Config:
+    """A whole run. Sections are independent; what must agree between them is checked in `check`."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    parallel: Parallel = field(default_factory=Parallel)
+    sync: Sync = field(default_factory=Sync)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as TOML and JSON take them."""
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """The text that `--config` reads back to an equal configuration."""
+        sections = (f"[{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in section.items())
+                    for name, section in self.to_dict().items())
+        return "\n".join(sections)
+
+
+def _toml(value: bool | int | float | str) -> str:
+    """A TOML scalar. JSON's strings, numbers and booleans are TOML's too."""
+    import json
+
+    return json.dumps(value)
+
+
+def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.train", description: str = "") -> Config:
+    """Read `--config FILE.toml` and options such as `--optim.lr 1e-3`; later ones win.
+
+    Raises:
+        UserError: An unknown key, a value of the wrong type or out of range; the message names it.
+        SystemExit: After `--help` (0).
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=description, parser_mode="toml", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="TOML file with these sections; options after it win.")
+    parser.add_class_arguments(Config, as_group=False)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _require_files(argv)
+    try:
+        values = parser.parse_args(argv)
+        values.pop("config", None)
+        config: Config = Config(**vars(parser.instantiate_classes(values)))
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{_readable(error)}\n  {prog} --help lists what is allowed.") from None
+    check(config)
+    return config
+
+
+def _require_files(argv: Sequence[str]) -> None:
+    """jsonargparse would read the name of a missing file as TOML and complain about its syntax."""
+    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+        name = option.partition("=")[2] if option.startswith("--config=") else value
+        if option.partition("=")[0] == "--config" and not os.path.isfile(name):
+            raise UserError(f"--config {name}: there is no such file.")
+
+
+def _readable(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return "\n  ".join(lines) or type(error).__name__
+
+
+def check(config: Config) -> None:
+    """Values that no layout and no machine could make sense of.
+
+    Raises:
+        UserError: Names the option, what was given and what is allowed.
+    """
+    for option in ("run.steps", "data.sequence_length", "data.global_batch_size", "data.micro_batch_size",
+                   "model.layers", "model.width", "model.heads", "run.max_skipped", "parallel.pp", "parallel.tp",
+                   "log.every", "checkpoint.keep_last", "log.validation_sequences"):
+        _require(config, option, lambda value: value >= 1, "a whole number from 1 up")
+    for option in ("run.seed", "run.threads", "model.kv_heads", "model.hidden", "model.vocab_size",
+                   "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every"):
+        _require(config, option, lambda value: value >= 0, "a whole number from 0 up")
+    for option in ("optim.clip", "optim.weight_decay", "optim.lr"):
+        _require(config, option, lambda value: 0 <= value < float("inf"), "a finite number from 0 up")
+    for option in ("optim.beta1", "optim.beta2", "optim.min_lr", "optim.decay_fraction"):
+        _require(config, option, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+    for option in ("optim.eps", "sync.bucket_mib", "model.rope_theta", "model.norm_eps"):
+        _require(config, option, lambda value: 0 < value < float("inf"), "a finite number above 0")
+    _check_shape(config.model)
+    data = config.data
+    if data.global_batch_size % data.micro_batch_size:
+        raise UserError(f"--data.micro_batch_size {data.micro_batch_size} must divide "
+                        f"--data.global_batch_size {data.global_batch_size}.")
+
+
+def _require(config: Config, option: str, allowed: Any, meaning: str) -> None:
+    section, key = option.split(".")
+    value = getattr(getattr(config, section), key)
+    if not allowed(value):
+        raise UserError(f"--{option} {value}: give {meaning}.")
+
+
+def _check_shape(model: Model) -> None:
+    if model.width % (2 * model.heads):
+        divisors = [n for n in range(1, model.width // 2 + 1) if model.width % (2 * n) == 0]
+        raise UserError(f"--model.heads {model.heads} does not divide --model.width {model.width} into heads of even "
+                        f"size; with this width it may be {', '.join(map(str, divisors[:12]))} ...")
+    if model.kv_heads and model.heads % model.kv_heads:
+        raise UserError(f"--model.kv_heads {model.kv_heads} must divide --model.heads {model.heads}.")
