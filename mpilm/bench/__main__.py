@@ -1,0 +1,58 @@
+"""Run a benchmark: mpirun -np 2 python -m mpilm.bench allreduce|train|data|checkpoint [--json]."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+from types import ModuleType
+
+from mpilm import bench
+from mpilm.bench.table import Table
+from mpilm.launch import session
+from mpilm.log import UserError, say
+
+NOT_BENCHES = {"__main__", "measure", "table"}
+
+
+def names() -> list[str]:
+    """The benchmarks there are: the files of this folder."""
+    files = {module.name for module in pkgutil.iter_modules(bench.__path__)}
+    return sorted(name for name in files - NOT_BENCHES if not name.startswith("_"))
+
+
+def get(name: str) -> ModuleType:
+    """The module of a benchmark.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name not in names():
+        raise UserError(f"There is no benchmark {name!r}; there are {', '.join(names())}.")
+    return importlib.import_module(f"mpilm.bench.{name}")
+
+
+def main() -> None:
+    """Parse the command line, run one benchmark on all ranks, print on rank 0."""
+    parser = argparse.ArgumentParser(prog="python -m mpilm.bench", description=__doc__)
+    parser.add_argument("name", metavar="|".join(names()), help="which benchmark")
+    parser.add_argument("--json", action="store_true", help="an object a line instead of a table")
+    options = parser.parse_args()
+    with session() as world:
+        module = get(options.name)
+        table = Table(options.name, ours=module.OURS)
+
+        def emit(case: str, who: str, value: float, unit: str) -> None:
+            table.add(case, who, value, unit)
+            if options.json:
+                line = {"bench": options.name, "case": case, "who": who, "value": round(value, 4), "unit": unit}
+                say(json.dumps(line))
+
+        module.run(world.comm, emit)
+        if not options.json:
+            say(table.text())
+
+
+if __name__ == "__main__":
+    main()
