@@ -17,6 +17,8 @@ blocks of BLOCK elements (the gradient norm) never meets half a block.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from mpilm.log import UserError
 
 BLOCK = 16384  # elements; what is summed over elements is summed over blocks of this many
@@ -34,13 +36,13 @@ def segments(count: int, size: int) -> list[slice]:
     unit = BLOCK if count >= size * BLOCK else 1
     units = -(-count // unit)
     cuts = [min(count, units * rank // size * unit) for rank in range(size + 1)]
-    return [slice(low, high) for low, high in zip(cuts, cuts[1:], strict=False)]
+    return [slice(low, high) for low, high in pairwise(cuts)]
 
 
 def even_runs(num_slots: int, size: int) -> list[range]:
     """The contiguous run of slots of each rank, as even as possible, for any number of slots: fast mode's."""
     cuts = [num_slots * rank // size for rank in range(size + 1)]
-    return [range(low, high) for low, high in zip(cuts, cuts[1:], strict=False)]
+    return [range(low, high) for low, high in pairwise(cuts)]
 
 
 def runs(num_slots: int, size: int) -> list[range]:

@@ -1,0 +1,37 @@
+"""Arrays as comm/ takes them: one-dimensional, contiguous, of a type that every collective sums correctly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+DTYPES = tuple(np.dtype(name) for name in ("float32", "float64", "int64"))
+ALIGNMENT = 64  # bytes: a cache line and the widest vector register
+MESSAGE_BYTES = 256 * 2**20  # no message is longer: MPI counts are 32-bit in many libraries
+
+
+def zeros(count: int, dtype: npt.DTypeLike) -> np.ndarray:
+    """A zeroed 1-D array whose first element is aligned to ALIGNMENT."""
+    dtype = np.dtype(dtype)
+    raw = np.zeros(count * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count * dtype.itemsize].view(dtype)
+
+
+def address(array: np.ndarray) -> int:
+    """Where its first element lies in this process's memory."""
+    return int(array.__array_interface__["data"][0])
+
+
+def chunks(low: int, high: int, length: int) -> Iterator[slice]:
+    """Cut low .. high-1 into slices of `length` elements, the last one shorter."""
+    for start in range(low, high, length):
+        yield slice(start, min(start + length, high))
+
+
+def code(array: np.ndarray) -> int:
+    """The number of an array's type in DTYPES, or -1 for what a collective cannot sum in place."""
+    fits = isinstance(array, np.ndarray) and array.ndim == 1 and array.flags.c_contiguous and array.flags.writeable
+    return DTYPES.index(array.dtype) if fits and array.dtype in DTYPES else -1

@@ -1,0 +1,66 @@
+"""Waiting, and the ledger of messages in flight. Every wait of comm/ is in this file, in `wait`.
+
+A wait polls: it spins for a moment, because most answers are microseconds away, then sleeps in growing naps, because ranks
+often share their core with computing threads (their own, while the communication thread waits for a slower rank). A
+blocking MPI call would spin there all the time.
+
+    ledger = Ledger()
+    ledger.send(comm, array, dest=1, tag=TAG_RING)      # the array is kept alive until wait() has returned
+    ledger.wait()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from mpi4py import MPI
+
+SPIN_S = 50e-6
+NAP_S = 20e-6
+LONGEST_NAP_S = 500e-6
+
+# Tags of comm/: one place, so that no two kinds of message can be taken for each other.
+TAG_RING = 101
+TAG_TREE = 102
+TAG_ACROSS = 103
+
+
+def wait(requests: Sequence[MPI.Request]) -> None:
+    """Return when all `requests` are complete."""
+    pending = list(requests)
+    if MPI.Request.Testall(pending):
+        return
+    nap, spin_until = NAP_S, time.perf_counter() + SPIN_S
+    while not MPI.Request.Testall(pending):
+        if time.perf_counter() < spin_until:
+            time.sleep(0)  # gives way to whoever shares the core
+        else:
+            time.sleep(nap)
+            nap = min(2 * nap, LONGEST_NAP_S)
+
+
+def barrier(comm: MPI.Comm) -> None:
+    """All ranks of `comm` have arrived. Collective over `comm`."""
+    wait([comm.Ibarrier()])
+
+
+class Ledger:
+    """Messages in flight, each with the array that it reads or writes."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[MPI.Request, np.ndarray]] = []
+
+    def send(self, comm: MPI.Comm, array: np.ndarray, *, dest: int, tag: int) -> None:
+        """Start to send a contiguous array; it must not change before wait()."""
+        self._entries.append((comm.Isend(array, dest=dest, tag=tag), array))
+
+    def receive(self, comm: MPI.Comm, array: np.ndarray, *, source: int, tag: int) -> None:
+        """Start to receive into a contiguous array; it must not be read before wait()."""
+        self._entries.append((comm.Irecv(array, source=source, tag=tag), array))
+
+    def wait(self) -> None:
+        """Return when every message is through."""
+        wait([request for request, _ in self._entries])
+        self._entries.clear()
