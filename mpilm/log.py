@@ -1,0 +1,73 @@
+"""What the program tells a person: plain lines from rank 0, to the terminal and into the run directory.
+
+    say("step 100  loss 3.21")      stdout and log.txt, on rank 0 only
+    warn("2 ranks share one core")  the same, to stderr, marked as a warning
+    raise UserError("--data.path tokens/: there is no index.json. Run data_prep.encode first.")
+
+The state is that of Python's `logging`, under the name "mpilm": before `setup` every process prints, because
+nothing knows its rank yet; after it ranks above 0 are quiet.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+_LOGGER = logging.getLogger("mpilm")
+
+
+class UserError(Exception):
+    """A user's mistake. The message says what was given, what is allowed and what to type.
+
+    It is told without a traceback, and the program ends with exit code 2 on every rank.
+    """
+
+
+class _Console(logging.Handler):
+    """Prints to what sys.stdout and sys.stderr are at that moment, so that a live progress line can step aside."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        print(self.format(record), file=sys.stderr if warning else sys.stdout, flush=True)
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"warning: {record.getMessage()}" if record.levelno >= logging.WARNING else record.getMessage()
+
+
+def setup(rank: int, run_dir: str | Path | None = None) -> None:
+    """Make rank 0 the one that talks, and append what it says to `run_dir`/log.txt.
+
+    May be called again, for instance when the run directory becomes known; the last call counts.
+    """
+    for handler in list(_LOGGER.handlers):
+        _LOGGER.removeHandler(handler)
+        handler.close()
+    _LOGGER.setLevel(logging.INFO if rank == 0 else logging.CRITICAL + 1)
+    _LOGGER.propagate = False
+    console = _Console()
+    console.setFormatter(_Plain())
+    _LOGGER.addHandler(console)
+    if rank == 0 and run_dir is not None:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(Path(run_dir) / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        _LOGGER.addHandler(file)
+
+
+def say(text: str) -> None:
+    """Print `text` as plain lines to stdout. Ranks above 0 say nothing."""
+    _ready().info("%s", text)
+
+
+def warn(text: str) -> None:
+    """Print `text` to stderr as a warning. Ranks above 0 say nothing."""
+    _ready().warning("%s", text)
+
+
+def _ready() -> logging.Logger:
+    if not _LOGGER.handlers:
+        setup(rank=0)
+    return _LOGGER
