@@ -1,0 +1,1 @@
+"""Language models in plain torch, without MPI: one file a kind (`--model.kind gpt` is `gpt.py`)."""

@@ -1,0 +1,39 @@
+"""Which precision this machine multiplies fastest in: measured, because flags of a CPU say little about its speed.
+
+    speeds = measure()                     # {"bf16": 1.1e12, "fp32": 1.6e11} FLOP/s of the calling process's threads
+    best(speeds)                           # "bf16"
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZE = 1024             # large enough for the matrix units, small enough for 10 ms a product in float32
+ROUNDS = 5
+WORTH = 1.2             # bf16 must be so much faster to give up the bits of float32
+
+
+def measure(*, size: int = SIZE, rounds: int = ROUNDS) -> dict[str, float]:
+    """FLOP/s of a square product in each precision: the best of a few interleaved rounds, about 0.2 s."""
+    operands = {name: torch.ones(size, size, dtype=dtype) for name, dtype in DTYPES.items()}
+    seconds = {name: float("inf") for name in DTYPES}
+    for _ in range(rounds):
+        for name, a in operands.items():
+            seconds[name] = min(seconds[name], _time(a))
+    return {name: 2 * size ** 3 / taken for name, taken in seconds.items()}
+
+
+def best(speeds: Mapping[str, float]) -> str:
+    """"bf16" where it is clearly faster, else "fp32"."""
+    return "bf16" if speeds["bf16"] > WORTH * speeds["fp32"] else "fp32"
+
+
+def _time(a: Tensor) -> float:
+    start = time.perf_counter()
+    a @ a
+    return time.perf_counter() - start
