@@ -11,6 +11,7 @@ blocking MPI call would spin there all the time.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ def wait(requests: Sequence[MPI.Request]) -> None:
     nap, spin_until = NAP_S, time.perf_counter() + SPIN_S
     while not MPI.Request.Testall(pending):
         if time.perf_counter() < spin_until:
-            time.sleep(0)  # gives way to whoever shares the core
+            os.sched_yield()  # gives way to whoever shares the core
         else:
             time.sleep(nap)
             nap = min(2 * nap, LONGEST_NAP_S)
