@@ -1,0 +1,112 @@
+"""What the machine computes with: decided once at the start, the same on all ranks, and recorded.
+
+Everything here can change the bits of a run; the number of ranks is not among it. A resumed run
+takes what its checkpoint recorded, so "auto" does not decide anew, and says what differs.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from mpilm.config import Config
+from mpilm.launch import World
+from mpilm.log import UserError, warn
+from mpilm.model import count, precision
+from mpilm.model.shape import Shape
+
+# Compiling takes about half a minute, and saves about a fifth of a step: operations of a run that is long enough,
+# on one core with vector units. A fixed number, because what is decided must not depend on the layout.
+WORTH_COMPILING_FLOPS = 5e13
+COMPILERS = ("g++", "clang++", "c++")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Attributes that enter the bits."""
+
+    precision: str
+    compile: bool
+    threads: int
+    micro_batch_size: int
+    reproducible: bool
+    cpu: str
+    torch: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes with."""
+        return precision.DTYPES[self.precision]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a manifest."""
+        return asdict(self)
+
+
+def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, Any]) -> tuple[Arithmetic, float]:
+    """Settle what is "auto", set torch's threads, and measure the peak. Collective over `world.comm`.
+
+    Args:
+        recorded: What the checkpoint says that is resumed from; empty for a new run.
+
+    Returns:
+        The decision and the matmul peak of all ranks together, FLOP/s.
+
+    Raises:
+        UserError: `run.compile on` where a rank has no C++ compiler.
+    """
+    threads = config.run.threads or (1 if config.run.reproducible else world.threads)
+    torch.set_num_threads(threads)
+    speeds = precision.measure()
+    fastest = world.comm.bcast(recorded.get("precision") or precision.best(speeds))
+    chosen = fastest if config.run.precision == "auto" else config.run.precision
+    decision = Arithmetic(chosen, _compiles(config, world, shape, recorded), threads, config.data.micro_batch_size,
+                          config.run.reproducible, cpu_model(), torch.__version__)
+    _warn_of_changes(decision, recorded)
+    _warn_of_mixed_machines(decision, world)
+    return decision, world.comm.allreduce(speeds[chosen])
+
+
+def _compiles(config: Config, world: World, shape: Shape, recorded: Mapping[str, Any]) -> bool:
+    able = world.comm.allreduce(any(shutil.which(name) for name in COMPILERS), op=MPI.LAND)
+    if config.run.compile == "on" and not able:
+        raise UserError("--run.compile on: torch.compile needs a C++ compiler on every host; install one "
+                        f"({', '.join(COMPILERS)}), or --run.compile off.")
+    if config.run.compile != "auto":
+        return config.run.compile == "on"
+    if "compile" in recorded:
+        return able and bool(recorded["compile"])
+    tokens = config.run.steps * config.data.global_batch_size * config.data.sequence_length
+    flops = tokens * count.flops_per_token(shape, config.data.sequence_length)
+    return able and flops >= WORTH_COMPILING_FLOPS
+
+
+def _warn_of_changes(decision: Arithmetic, recorded: Mapping[str, Any]) -> None:
+    changed = [f"{key} {recorded[key]} -> {value}" for key, value in decision.to_dict().items()
+               if key in recorded and recorded[key] != value]
+    if changed and (decision.reproducible or recorded.get("reproducible")):
+        warn("From here on the bits may differ from those of an undisturbed run: " + ", ".join(changed))
+
+
+def _warn_of_mixed_machines(decision: Arithmetic, world: World) -> None:
+    kinds = sorted(set(world.comm.allgather((decision.cpu, decision.torch, decision.threads))))
+    if decision.reproducible and len(kinds) > 1:
+        warn("The ranks differ, so the bits depend on which rank computes what: "
+             + "; ".join(f"{cpu}, torch {version}, {threads} threads" for cpu, version, threads in kinds))
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part"))]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,195 @@
+"""The only place that wires: configuration -> mesh, model, synchronizer, loader, trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpilm import arithmetic, resume, sync
+from mpilm.arithmetic import Arithmetic
+from mpilm.checkpoint import Reader, Writer
+from mpilm.comm import choose, collectives
+from mpilm.comm.mesh import Mesh
+from mpilm.comm.node import Node
+from mpilm.comm.order import even_runs, runs
+from mpilm.comm.worker import Worker
+from mpilm.config import Config
+from mpilm.data.loader import Loader
+from mpilm.data.sampler import Sampler
+from mpilm.data.shards import Dataset
+from mpilm.launch import World
+from mpilm.log import UserError, say
+from mpilm.metrics import Metrics
+from mpilm.model import count, precision
+from mpilm.model.gpt import GPT
+from mpilm.model.shape import Shape
+from mpilm.optim import Update
+from mpilm.parallel.losses import Losses
+from mpilm.parallel.pipeline import Pipeline
+from mpilm.saver import Saver
+from mpilm.state import TrainState, from_checkpoint, initial
+from mpilm.sync.allreduce import Allreduce
+from mpilm.trainer import Trainer
+from mpilm.validation import Validation
+
+
+@dataclass
+class Core:
+    """Model and synchronizer over a mesh: what a step needs besides its batch."""
+
+    mesh: Mesh
+    slots: range
+    runs: list[range]
+    model: GPT
+    sync: Allreduce
+    pipeline: Pipeline
+    update: Update
+
+
+def trainer(config: Config, world: World) -> Trainer:
+    """The whole program, at the step where it goes on. Collective over `world.comm`.
+
+    Raises:
+        UserError: On every rank, for whatever of the configuration, data or checkpoint can't be used.
+    """
+    dataset = open_split(config, "train")
+    shape = shape_of(config, dataset.vocab_size)
+    reader = resume.find(config, world.comm)
+    about_data = {"fingerprint": dataset.fingerprint}
+    if reader is not None:
+        resume.check(reader, shape=vars(shape), data=about_data, config=config)
+    decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else {})
+    core = build(config, world, shape, decision)
+    state = restore(core, shape, config, reader)
+    about = {"shape": vars(shape), "data": about_data, "config": config.to_dict(),
+             "arithmetic": decision.to_dict(), "layout": {"dp": core.mesh.dp.size, "pp": 1, "tp": 1}}
+    return Trainer(
+        config=config, state=state, model=core.model, update=core.update, pipeline=core.pipeline, sync=core.sync,
+        loader=_loader(config, dataset, core.slots),
+        losses=Losses(core.mesh.dp, core.runs),
+        validation=_validation(config, core),
+        metrics=_metrics(config, world, state),
+        saver=_saver(config, world, core, shape, about, saved=state.step if reader else -1),
+        flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)
+
+
+def open_split(config: Config, split: str) -> Dataset:
+    """A split of the configured data. Every rank opens it by itself."""
+    return Dataset.open(config.data.path, split=split)
+
+
+def shape_of(config: Config, vocab_size: int) -> Shape:
+    """The model's shape over data of `vocab_size` tokens.
+
+    Raises:
+        UserError: The vocabulary asked for is smaller than that of the data.
+    """
+    model = config.model
+    if 0 < model.vocab_size < vocab_size:
+        raise UserError(f"--model.vocab_size {model.vocab_size}: the data has {vocab_size} tokens; 0 takes it.")
+    return Shape(layers=model.layers, width=model.width, heads=model.heads, kv_heads=model.kv_heads,
+                 hidden=model.hidden, vocab_size=model.vocab_size or vocab_size,
+                 tied_embeddings=model.tied_embeddings, rope_theta=model.rope_theta, norm_eps=model.norm_eps)
+
+
+def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> Core:
+    """Model and synchronizer, with memory but without values yet. Collective over `world.comm`."""
+    _check_kinds(config)
+    mesh = Mesh.build(world.dup("workers"), dp=world.size, pp=1, tp=1)
+    num_slots = config.data.global_batch_size // config.data.micro_batch_size
+    dealt = (runs if decision.reproducible else even_runs)(num_slots, mesh.dp.size)
+    if num_slots < mesh.dp.size:
+        raise UserError(f"{mesh.dp.size} ranks, but a step has {num_slots} micro-batches (--data.global_batch_size / "
+                        "--data.micro_batch_size): lower the one or raise the other, or start fewer ranks.")
+    model = GPT(shape)
+    update = Update(config.optim, config.run.steps)
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    synchronizer = sync.get(config.sync.kind)(
+        dict(model.named_parameters()), matrices, _collective(config, mesh, shape), Worker("communication"),
+        states=update.STATES, num_slots=len(dealt[mesh.dp.rank]), dtype=decision.dtype,
+        bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
+    if decision.compile:
+        model.compile_blocks()
+    pipeline = Pipeline(model, synchronizer, num_slots=num_slots)
+    return Core(mesh, dealt[mesh.dp.rank], dealt, model, synchronizer, pipeline, update)
+
+
+def _check_kinds(config: Config) -> None:
+    if config.model.kind != "gpt":
+        raise UserError(f"--model.kind {config.model.kind}: this version has gpt.")
+    if (config.parallel.pp, config.parallel.tp) != (1, 1):
+        raise UserError(f"--parallel.pp {config.parallel.pp} --parallel.tp {config.parallel.tp}: this version is data "
+                        "parallel only; give 1 for both.")
+
+
+def _collective(config: Config, mesh: Mesh, shape: Shape) -> Any:
+    node = Node.build(mesh.dp)
+    bucket = int(config.sync.bucket_mib * 2**20)
+    name = config.sync.collective
+    if name == "auto":
+        name, text = choose.fastest(mesh.dp, node, bucket, reproducible=config.run.reproducible)
+        say(text)
+    return collectives.get(name)(mesh.dp, node, reproducible=config.run.reproducible)
+
+
+def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:
+    """Give parameters and optimizer their values: initial ones, or a checkpoint's. Collective over the workers."""
+    if reader is None:
+        core.sync.load(initial(shape, config.run.seed))
+        return TrainState()
+    core.sync.load(from_checkpoint(shape, reader))
+    state = TrainState(**reader.meta["state"])
+    core.update.applied, core.update.skipped = state.applied, state.skipped
+    say(f"resumed from {reader.path} at step {state.step}")
+    return state
+
+
+def _loader(config: Config, dataset: Dataset, slots: range) -> Loader:
+    data = config.data
+    sequences = (dataset.num_tokens - 1) // data.sequence_length
+    if sequences < 1:
+        raise UserError(f"{data.path}: {dataset.num_tokens} training tokens are less than one sequence of "
+                        f"--data.sequence_length {data.sequence_length}.")
+    sampler = Sampler(sequences, global_batch_size=data.global_batch_size, seed=config.run.seed)
+    return Loader(dataset, sampler, sequence_length=data.sequence_length, micro_batch_size=data.micro_batch_size,
+                  slots=slots, mask_documents=data.mask_documents)
+
+
+def _validation(config: Config, core: Core) -> Validation | None:
+    if not config.log.validate_every:
+        return None
+    return validation(config, core.model, core.mesh.dp)
+
+
+def validation(config: Config, model: torch.nn.Module, comm: Any) -> Validation:
+    """The configured validation, over the ranks of `comm`."""
+    data = config.data
+    return Validation(open_split(config, "validation"), model, comm, sequences=config.log.validation_sequences,
+                      sequence_length=data.sequence_length, micro_batch_size=data.micro_batch_size,
+                      mask_documents=data.mask_documents)
+
+
+def _metrics(config: Config, world: World, state: TrainState) -> Metrics:
+    directory = Path(config.run.dir)
+    if world.rank == 0:
+        (directory / "config.toml").write_text(config.to_toml())
+    return Metrics(directory, step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard,
+                   write=world.rank == 0)
+
+
+def _saver(config: Config, world: World, core: Core, shape: Shape, about: dict[str, Any], *, saved: int) -> Saver:
+    writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint"),
+                    keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
+    return Saver(writer, core.sync, shape, world.comm, config.checkpoint, about=about, saved=saved)
+
+
+def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:
+    """The model of a checkpoint, in the precision it was trained in, by itself: for evaluation and generation."""
+    shape = Shape(**reader.meta["shape"])
+    model = GPT(shape)
+    for name, tensor in model.tensors():
+        tensor.copy_(torch.from_numpy(reader.read(f"model.{name}", 0, tensor.numel())).view(tensor.shape))
+    return model.to(device, precision.DTYPES[reader.meta["arithmetic"]["precision"]])

@@ -1,0 +1,36 @@
+"""Validation loss of a trained model: mpirun -np 2 python -m mpilm.evaluate RUN_OR_CHECKPOINT [--data.path DIR]."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from mpilm import launch
+from mpilm.log import say
+
+
+def main() -> None:
+    """Read a checkpoint, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m mpilm.evaluate", description=__doc__)
+    parser.add_argument("path", help="run directory or checkpoint")
+    parser.add_argument("--data.path", dest="data", default="", help="dataset; default: the one it was trained on")
+    parser.add_argument("--sequences", type=int, default=10**9, help="at most so many; default: all")
+    options = parser.parse_args()
+    with launch.session() as world:
+        import torch
+
+        from mpilm import assemble, resume
+
+        torch.set_num_threads(world.threads)
+        reader = resume.open_run(options.path, world.comm)
+        config = resume.config_of(reader)
+        config.data.path = options.data or config.data.path
+        config.log.validation_sequences = options.sequences
+        validation = assemble.validation(config, assemble.trained(reader), world.comm)
+        loss = validation.loss()
+        say(f"{reader.path}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over "
+            f"{validation.tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    main()

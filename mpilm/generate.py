@@ -1,0 +1,82 @@
+"""Let a trained model write: python -m mpilm.generate RUN_OR_CHECKPOINT --prompt "import os" --tokens 100."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpilm import launch
+from mpilm.log import UserError, say
+
+if TYPE_CHECKING:
+    from mpilm.model.gpt import GPT
+
+
+def main() -> None:
+    """Read a checkpoint and continue the prompt, on rank 0."""
+    parser = argparse.ArgumentParser(prog="python -m mpilm.generate", description=__doc__)
+    parser.add_argument("path", help="run directory or checkpoint")
+    parser.add_argument("--prompt", default="import ", help="what the text begins with")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to write")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    if options.tokens < 1 or options.temperature < 0:
+        raise UserError("--tokens: give a number from 1 up; --temperature: from 0 up.")
+    with launch.session() as world:
+        from mpilm import assemble, resume
+
+        reader = resume.open_run(options.path, world.comm)
+        config = resume.config_of(reader)
+        text = sample(assemble.trained(reader), config.data.path, options.prompt, num_tokens=options.tokens,
+                      context=config.data.sequence_length, temperature=options.temperature, seed=options.seed)
+        say(text)
+
+
+def sample(model: GPT, data_path: str, prompt: str, *, num_tokens: int, context: int, temperature: float,
+           seed: int) -> str:
+    """The prompt and what the model writes after it, by the tokenizer of the dataset at `data_path`.
+
+    Raises:
+        UserError: The prompt is empty.
+    """
+    from tokenizers import Tokenizer
+
+    from mpilm.data.shards import Dataset
+
+    tokenizer = Tokenizer.from_file(str(Dataset.open(data_path, split="train").tokenizer_path))
+    tokens = tokenizer.encode(prompt).ids
+    if not tokens:
+        raise UserError("--prompt: give at least one character.")
+    written = continuation(model, tokens, num_tokens=num_tokens, context=context, temperature=temperature, seed=seed)
+    return str(tokenizer.decode(tokens + written))
+
+
+def continuation(model: GPT, prompt: list[int], *, num_tokens: int, context: int, temperature: float,
+                 seed: int) -> list[int]:
+    """`num_tokens` tokens that follow `prompt`, drawn one by one.
+
+    Args:
+        prompt: At least one token.
+        context: The model sees so many of the last tokens.
+        temperature: 0 takes the most likely token; 1 draws from the model's distribution.
+    """
+    import torch
+
+    draw = np.random.default_rng(seed)
+    tokens = list(prompt)
+    # A sequence that grows by a token would make torch.compile specialize again and again.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for _ in range(num_tokens):
+            logits = model(torch.tensor([tokens[-context:]]))[0, -1].double()
+            tokens.append(_pick(logits.numpy(), temperature, draw))
+    return tokens[len(prompt):]
+
+
+def _pick(logits: np.ndarray, temperature: float, draw: np.random.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    weights = np.exp((logits - logits.max()) / temperature)
+    return int(draw.choice(len(weights), p=weights / weights.sum()))

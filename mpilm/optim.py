@@ -1,0 +1,89 @@
+"""The update: clip by the global norm, learning rate, AdamW on flat memory.
+
+    update.begin(step)                       the learning rate of this step
+    scale = update.accept(grad_norm)         None: a NaN or infinite norm, nobody updates
+    update.apply(flat, scale)                on whatever run of the flat buckets this rank owns
+
+The arithmetic is elementwise, so a run may be cut anywhere at a multiple of 16 elements without
+changing a bit. AdamW is arXiv 1711.05101; the schedules are arXiv 1608.03983 (cosine) and
+2404.06395 (warm-up, stable, decay).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim.adamw import adamw
+
+from mpilm.config import Optim
+from mpilm.flat import Flat
+
+# Elements of one pass: the weights are rounded from masters still in the cache, and the calls cost nothing beside it.
+CHUNK = 1 << 18
+
+
+def learning_rate(optim: Optim, step: int, steps: int) -> float:
+    """The learning rate of update number `step` (from 0) out of `steps`."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    return optim.lr * SCHEDULES[optim.schedule](optim, step, steps)
+
+
+def _cosine(optim: Optim, step: int, steps: int) -> float:
+    progress = min(1.0, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))
+    return optim.min_lr + (1 - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _wsd(optim: Optim, step: int, steps: int) -> float:
+    decay_steps = max(1, round(optim.decay_fraction * steps))
+    progress = min(1.0, max(0, step - (steps - decay_steps)) / decay_steps)
+    return 1 - (1 - optim.min_lr) * progress
+
+
+SCHEDULES = {"cosine": _cosine, "wsd": _wsd}
+
+
+class Update:
+    """AdamW with clipping and a schedule.
+
+    `applied` counts the updates that were made and `skipped_in_a_row` those left out since the last one.
+    """
+
+    STATES = ("adam_m", "adam_v")
+
+    def __init__(self, optim: Optim, steps: int) -> None:
+        self.optim, self.steps = optim, steps
+        self.applied = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.lr = 0.0
+
+    def begin(self, step: int) -> None:
+        """Set the learning rate of `step`."""
+        self.lr = learning_rate(self.optim, step, self.steps)
+
+    def accept(self, grad_norm: float) -> float | None:
+        """What gradients of this global norm are multiplied by; None if the step must be skipped."""
+        if not math.isfinite(grad_norm):
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            return None
+        self.applied += 1
+        self.skipped_in_a_row = 0
+        clip = self.optim.clip
+        return min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0
+
+    def apply(self, flat: Flat, scale: float) -> None:
+        """One AdamW update of a run of flat memory; its gradients are used up."""
+        for start in range(0, flat.masters.numel(), CHUNK):
+            self._apply_chunk(flat, slice(start, start + CHUNK), scale)
+
+    def _apply_chunk(self, flat: Flat, part: slice, scale: float) -> None:
+        masters = flat.masters[part]
+        adamw([masters], [flat.gradients[part]], [flat.states[0][part]], [flat.states[1][part]], [],
+              [torch.tensor(float(self.applied - 1))], fused=True, amsgrad=False, maximize=False,
+              grad_scale=torch.tensor(1.0 / scale), lr=self.lr, beta1=self.optim.beta1, beta2=self.optim.beta2,
+              eps=self.optim.eps, weight_decay=self.optim.weight_decay if flat.decay else 0.0)
+        if flat.weights.data_ptr() != flat.masters.data_ptr():
+            flat.weights[part].copy_(masters)

@@ -1,0 +1,39 @@
+"""How far something is: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+class Progress:
+    """Progress of `total` steps.
+
+    On a terminal one line is redrawn; elsewhere every update is a line of its own.
+    """
+
+    def __init__(self, total: int, *, done: int = 0, unit: str = "step") -> None:
+        self.total, self.unit = total, unit
+        self.bar: Any = None
+        if sys.stdout.isatty():
+            self._open_bar(done)
+
+    def _open_bar(self, done: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self.bar = Progress(TextColumn(self.unit), MofNCompleteColumn(), BarColumn(bar_width=20),
+                            TextColumn("{task.description}"))
+        self.task = self.bar.add_task("", total=self.total, completed=done)
+        self.bar.start()
+
+    def update(self, done: int, text: str) -> None:
+        """`done` of the total are done; `text` says what there is to say about them."""
+        if self.bar is None:
+            print(f"{self.unit} {done}/{self.total}  {text}", flush=True)
+        else:
+            self.bar.update(self.task, completed=done, description=text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        if self.bar is not None:
+            self.bar.stop()

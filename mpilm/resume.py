@@ -1,0 +1,80 @@
+"""Which checkpoint a run starts from, and whether it is one of this run at all."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mpilm.checkpoint import Reader, differences, newest, verified
+from mpilm.config import Config
+from mpilm.launch import on_root
+from mpilm.log import UserError, say
+
+CHECKPOINTS = "checkpoints"
+# What fixes the meaning of a step: with another value the run would see some data twice and some never.
+POSITION = ("data.sequence_length", "data.global_batch_size", "run.seed")
+
+
+def find(config: Config, comm: Any) -> Reader | None:
+    """The checkpoint that `run.resume` asks for; None to start from step 0. Collective over `comm`.
+
+    Raises:
+        UserError: There is none at the path given, or all there are is damaged.
+    """
+    directory = Path(config.run.dir) / CHECKPOINTS
+    if config.run.resume == "never":
+        on_root(comm, lambda: _put_aside(directory))
+        return None
+    if config.run.resume == "auto":
+        return newest(directory, comm)
+    return open_run(config.run.resume, comm)
+
+
+def _put_aside(directory: Path) -> None:
+    """A new run in an old directory must not find the old run's checkpoints newer than its own."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
+        number += 1
+    directory.rename(aside)
+    say(f"--run.resume never: the checkpoints of an earlier run are now in {aside}")
+
+
+def check(reader: Reader, *, shape: dict[str, Any], data: dict[str, Any], config: Config) -> None:
+    """Refuse a checkpoint of another model, other data or another order of data.
+
+    Raises:
+        UserError: Names every difference.
+    """
+    meta = reader.meta
+    found = {"model": meta["shape"], "data": meta["data"], "options": _position(meta["config"])}
+    expected = {"model": shape, "data": data, "options": _position(config.to_dict())}
+    differing = differences(expected, found)
+    if differing:
+        raise UserError(f"{reader.path} is of another run:\n  " + "\n  ".join(differing)
+                        + "\nGive this run the same options, or another --run.dir, or --run.resume never.")
+
+
+def _position(config: dict[str, Any]) -> dict[str, Any]:
+    return {option: config[option.split(".")[0]][option.split(".")[1]] for option in POSITION}
+
+
+def open_run(path: str, comm: Any) -> Reader:
+    """The checkpoint at `path`, or the newest of the run there. Collective over `comm`.
+
+    Raises:
+        UserError: There is none.
+    """
+    given = Path(path)
+    reader = newest(given / CHECKPOINTS, comm) if (given / CHECKPOINTS).is_dir() else verified(given, comm)
+    if reader is None:
+        raise UserError(f"{path}: no checkpoint there. Give a run directory or one of its checkpoints/step-*.")
+    return reader
+
+
+def config_of(reader: Reader) -> Config:
+    """The configuration that a checkpoint was written under."""
+    sections = {f.name: f.default_factory for f in fields(Config)}
+    return Config(**{name: make(**reader.meta["config"][name]) for name, make in sections.items()})

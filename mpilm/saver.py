@@ -1,0 +1,38 @@
+"""When a run is saved: every `checkpoint.every` steps and at the end, while training goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpilm.checkpoint import Writer
+from mpilm.config import Checkpoint
+from mpilm.model.shape import Shape
+from mpilm.state import TrainState, describe, pieces
+from mpilm.sync.allreduce import Allreduce
+
+
+class Saver:
+    """Hands this rank's share of all tensors to the writer. Collective over `comm`, like every method.
+
+    Args:
+        about: What the manifest says about the run besides its state.
+        saved: The step of the checkpoint that the run was resumed from, or -1.
+    """
+
+    def __init__(self, writer: Writer, sync: Allreduce, shape: Shape, comm: Any, config: Checkpoint, *,
+                 about: dict[str, Any], saved: int) -> None:
+        self.writer, self.sync, self.shape, self.comm, self.config = writer, sync, shape, comm, config
+        self.about, self.saved = about, saved
+
+    def after_step(self, state: TrainState, *, last: bool) -> None:
+        """Save if it is time to; otherwise see how an earlier save is getting on."""
+        self.writer.poll()
+        due = last or (self.config.every and state.step % self.config.every == 0)
+        if due and state.step != self.saved:
+            runs = self.sync.runs(self.comm.rank, self.comm.size)
+            self.writer.save(state.step, list(pieces(self.shape, runs)), describe(state, self.about))
+            self.saved = state.step
+
+    def wait(self) -> None:
+        """Return when everything saved is complete on disk."""
+        self.writer.wait()

@@ -1,0 +1,58 @@
+"""Train a language model: mpirun -np 8 python -m mpilm.train [--config FILE.toml] [--section.option VALUE ...]."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mpilm import config as configuration
+from mpilm import launch
+from mpilm.config import Config
+from mpilm.launch import World
+from mpilm.log import say
+
+if TYPE_CHECKING:
+    from mpilm.trainer import Trainer
+
+PROMPT, SAMPLE_TOKENS = "import ", 120
+DESCRIPTION = "Train a language model on the ranks that mpirun or srun started; without them, on one."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, launch, train, tell what came out."""
+    config = configuration.parse(argv, description=DESCRIPTION)
+    with launch.session(run_dir=config.run.dir) as world:
+        from mpilm import assemble
+
+        if not config.data.path:
+            from data_prep import corpus
+
+            config.data.path = str(corpus.prepare(config.run.dir, world.comm))
+        trainer = assemble.trainer(config, world)
+        trainer.run()
+        summarize(trainer, config, world)
+
+
+def summarize(trainer: Trainer, config: Config, world: World) -> None:
+    """Print validation loss beside the unigram entropy, a sample, and where the run is. Collective over the world."""
+    from mpilm import assemble, generate
+    from mpilm.data.shards import unigram_entropy
+
+    lines = [f"finished at step {trainer.state.step}"]
+    if trainer.validation is not None:
+        entropy = unigram_entropy(assemble.open_split(config, "validation"))
+        lines.append(f"validation loss   {trainer.validation.loss():.4f} nats per token")
+        lines.append(f"unigram entropy   {entropy:.4f} nats per token (what knowing only the frequencies gives)")
+    lines.append(f"speed             {trainer.tokens_per_s:,.0f} tokens/s")
+    lines.append(f"run directory     {config.run.dir}")
+    say("\n" + "\n".join(lines))
+    if world.rank == 0:
+        text = generate.sample(trainer.model, config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
+                               context=config.data.sequence_length, temperature=0.7, seed=config.run.seed)
+        say(f"\nthe model writes:\n{text}")
+    world.comm.Barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,134 @@
+"""The loop: batch -> pipeline -> sync -> state.
+
+What happens between steps (metrics, validation, checkpoints) never enters the arithmetic of a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpilm.config import Config
+from mpilm.data.loader import Loader
+from mpilm.log import UserError, say
+from mpilm.metrics import Metrics
+from mpilm.model.gpt import GPT
+from mpilm.optim import Update
+from mpilm.parallel.losses import Losses
+from mpilm.parallel.pipeline import Pipeline
+from mpilm.saver import Saver
+from mpilm.state import TrainState
+from mpilm.sync.allreduce import Allreduce
+from mpilm.validation import Validation
+
+
+@dataclass
+class Trainer:
+    """The assembled program (see assemble.py). Collective over the world, like every method."""
+
+    config: Config
+    state: TrainState
+    model: GPT
+    loader: Loader
+    pipeline: Pipeline
+    sync: Allreduce
+    update: Update
+    losses: Losses
+    validation: Validation | None
+    metrics: Metrics
+    saver: Saver
+    flops_per_token: int
+    peak_flops: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens_per_s: float = 0.0
+
+    def run(self) -> None:
+        """Train until `run.steps` steps are done."""
+        window = Window()
+        while self.state.step < self.config.run.steps:
+            loss = self.step()
+            window.add(self.seconds)
+            self._tell(loss, window)
+            self.saver.after_step(self.state, last=self.state.step == self.config.run.steps)
+        self.saver.wait()
+        self.metrics.close()
+
+    def step(self) -> float:
+        """One update; returns the mean loss of the global batch before it, nats per token."""
+        with self._timed("data_s"):
+            batch = self.loader.batch(self.state.step)
+        with self._timed("compute_s"):
+            mine = self.pipeline.run(batch)
+        self.update.begin(self.state.step)
+        self.sync.step(self.update)
+        with self._timed("comm_s"):
+            loss = self.losses.mean(mine)
+        self.seconds["comm_s"] += self.sync.seconds["comm_s"]
+        self.seconds["optim_s"] = self.sync.seconds["optim_s"]
+        self._count()
+        return loss
+
+    def _count(self) -> None:
+        self.state.step += 1
+        self.state.applied, self.state.skipped = self.update.applied, self.update.skipped
+        if self.update.skipped_in_a_row:
+            say(f"step {self.state.step}: the gradient norm is {self.sync.grad_norm}; step skipped "
+                f"({self.update.skipped_in_a_row} in a row, {self.state.skipped} in all)")
+        limit, optim = self.config.run.max_skipped, self.config.optim
+        if self.update.skipped_in_a_row >= limit:
+            raise UserError(f"Step {self.state.step}: the gradient norm was NaN or infinite {limit} times in a row. "
+                            f"Lower --optim.lr {optim.lr}, raise --optim.warmup_steps {optim.warmup_steps}, or look "
+                            "at the data of these steps; checkpoints from before are intact.")
+
+    def _tell(self, loss: float, window: Window) -> None:
+        step, log = self.state.step, self.config.log
+        last = step == self.config.run.steps
+        validate = self.validation is not None and (step % log.validate_every == 0 or last)
+        if not (validate or last or step % log.every == 0 or step == 1):
+            return
+        values = self._values(loss, window)
+        if validate and self.validation is not None:
+            values["validation_loss"] = self.validation.loss()
+        self.metrics.record(values)
+        window.restart()
+
+    def _values(self, loss: float, window: Window) -> dict[str, Any]:
+        data, seconds = self.config.data, window.means()
+        tokens = data.global_batch_size * data.sequence_length
+        self.tokens_per_s = tokens / seconds["step_s"]
+        return {"step": self.state.step, "loss": loss, "lr": self.update.lr, "grad_norm": self.sync.grad_norm,
+                "tokens": self.state.step * tokens, "tokens_per_s": self.tokens_per_s,
+                "mfu": self.tokens_per_s * self.flops_per_token / self.peak_flops, "skipped": self.state.skipped,
+                **seconds}
+
+    @contextmanager
+    def _timed(self, key: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[key] = time.perf_counter() - started
+
+
+class Window:
+    """Where the time of the steps since the last record went; what is told in between does not count."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything and start the clock."""
+        self.started, self.steps = time.perf_counter(), 0
+        self.sums: dict[str, float] = {}
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """One more step, which took `seconds` for its parts."""
+        self.steps += 1
+        for key, value in seconds.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Seconds per step: in all and by part."""
+        elapsed = time.perf_counter() - self.started
+        return {"step_s": elapsed / self.steps, **{key: value / self.steps for key, value in self.sums.items()}}

@@ -1,0 +1,54 @@
+"""Validation loss: always over the same tokens, dealt to ranks in micro-batches like a step's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpilm.comm.order import even_runs
+from mpilm.data.loader import Loader
+from mpilm.data.shards import Dataset
+from mpilm.log import UserError
+from mpilm.parallel import pipeline
+from mpilm.parallel.losses import Losses
+
+
+class Validation:
+    """The first `sequences` sequences of the validation split, in whole micro-batches.
+
+    Collective over `comm`, the data-parallel communicator.
+
+    Raises:
+        UserError: The validation split is shorter than one sequence.
+    """
+
+    def __init__(self, dataset: Dataset, model: torch.nn.Module, comm: Any, *, sequences: int, sequence_length: int,
+                 micro_batch_size: int, mask_documents: bool) -> None:
+        available = (dataset.num_tokens - 1) // sequence_length
+        if available < 1:
+            raise UserError(f"The validation split has {dataset.num_tokens} tokens, less than one sequence of "
+                            f"{sequence_length}: encode with a larger --validation, or --log.validate_every 0.")
+        size = min(micro_batch_size, available)
+        slots = max(1, min(sequences, available) // size)
+        runs = even_runs(slots, comm.size)
+        self.model, self.losses = model, Losses(comm, runs)
+        self.tokens = slots * size * sequence_length
+        self.loader = Loader(dataset, Sequential(slots * size), sequence_length=sequence_length, micro_batch_size=size,
+                             slots=runs[comm.rank], mask_documents=mask_documents)
+
+    def loss(self) -> float:
+        """Mean loss, nats per token."""
+        return self.losses.mean(pipeline.losses(self.model, self.loader.batch(0)))
+
+
+class Sequential:
+    """A sampler whose every step is the first `count` sequences, in order."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def ids(self, step: int) -> np.ndarray:
+        """int64 [count], whatever the step."""
+        return np.arange(self.count, dtype=np.int64)
