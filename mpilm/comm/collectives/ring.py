@@ -1,0 +1,61 @@
+"""Ring allreduce: reduce-scatter, then allgather, each rank talking to its two neighbours only.
+
+A block is cut into `size` segments. Rank r sends to r+1 and receives from r-1. With three ranks and segments a, b, c:
+
+    reduce-scatter          sends   receives and adds              afterwards complete on
+      stage 0   rank 0        a        c                             rank 0: b
+                rank 1        b        a                             rank 1: c
+                rank 2        c        b                             rank 2: a
+      stage 1   rank 0        c (r0+r2)   b (r1+r2)
+                ...
+    allgather: two more stages pass the complete segments around, received into place.
+
+Invariant: before stage s of the reduce-scatter, segment (r - s) mod size of rank r holds the sum over ranks r-s .. r.
+After size-1 stages rank r owns the total of segment (r+1) mod size. Every segment is summed along one path and then
+copied, so all ranks hold the same bits. A rank sends 2 (size-1)/size of the buffer in all, the least possible
+(Patarasuk and Yuan 2009). A ring of one rank has no stages.
+
+Blocks are cut so that a segment is SEGMENT_BYTES: two of them are under way at a time (_pipeline.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from mpi4py import MPI
+
+from mpilm.comm import order, p2p
+from mpilm.comm.collectives._base import Collective
+from mpilm.comm.collectives._pipeline import Pipeline, Stage
+from mpilm.comm.node import Node
+
+SEGMENT_BYTES = 256 * 2**10  # large enough for full bandwidth, small enough that a block stays in the cache
+
+
+class Ring(Collective):
+    """Sums along the ring of all ranks, for any number of ranks and elements."""
+
+    def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False) -> None:
+        super().__init__(comm, node, reproducible=reproducible)
+        self._pipeline = over(self.comm)
+
+    def _sum(self, buffer: np.ndarray) -> None:
+        self._pipeline.run(buffer)
+
+
+def over(comm: MPI.Comm) -> Pipeline:
+    """The ring over the ranks of `comm`."""
+
+    def schedule(length: int) -> list[Stage]:
+        return stages(length, comm.rank, comm.size)
+
+    return Pipeline(comm, schedule, block_bytes=SEGMENT_BYTES * comm.size, tag=p2p.TAG_RING)
+
+
+def stages(length: int, rank: int, size: int) -> list[Stage]:
+    """What `rank` does with a block of `length` elements: size-1 stages of reduce-scatter, size-1 of allgather."""
+    cut = order.segments(length, size)
+    right, left = (rank + 1) % size, (rank - 1) % size
+    return [
+        Stage(right, cut[(rank - turn) % size], left, cut[(rank - turn - 1) % size], add=turn < size - 1)
+        for turn in range(2 * (size - 1))
+    ]
