@@ -1,0 +1,201 @@
+"""The manifest: which tensors a checkpoint has, where their runs lie, and the checksum of everything.
+
+    {"format": "mpilm checkpoint", "version": 1, "step": 100, "ranks": 2, "meta": {...},
+     "tensors": {"model.norm.weight": {"shape": [256], "dtype": "F32", "runs": [
+         {"file": "rank-00000-part-00.safetensors", "key": "model.norm.weight", "start": 0, "count": 256}]}},
+     "files": {"rank-00000-part-00.safetensors": {"bytes": 1224, "sha256": "..."}},
+     "sha256": "of all the rest, as JSON with sorted keys and no spaces"}
+
+`loads` believes nothing: after it, file names are plain names, every tensor is covered exactly once by its runs, and
+the runs of a file fit into it. So no size that is used later can be larger than the checkpoint's files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from mpilm.checkpoint.pieces import CODES, DTYPES, NAME, Piece
+from mpilm.log import UserError
+
+FILE = "manifest.json"
+FORMAT = "mpilm checkpoint"
+VERSION = 1
+MAX_BYTES = 1 << 30
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\.safetensors")
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not what was written; the message names file and reason."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Elements [start, start + count) of a tensor, and the file and key they lie under."""
+
+    file: str
+    key: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A logical tensor; its runs are sorted and cover it exactly once."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    runs: tuple[Run, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of it. `meta` is the caller's: configuration, fingerprint of the data, facts of the launch."""
+
+    step: int
+    ranks: int
+    tensors: dict[str, Tensor]
+    files: dict[str, File]
+    meta: dict[str, Any]
+
+
+def record(files: Iterable[tuple[str, Sequence[Piece], int, str]], announced: Iterable[Piece]) -> dict[str, Any]:
+    """What one rank wrote, as plain values: (file, its pieces, bytes, SHA-256); `announced` may hold empty pieces."""
+    tensors: dict[str, Any] = {}
+    for piece in announced:
+        entry = {"shape": list(piece.shape), "dtype": CODES[piece.array.dtype], "runs": []}
+        known = tensors.setdefault(piece.name, entry)
+        _require_same(piece.name, known, entry)
+    written: dict[str, Any] = {}
+    for file, pieces, size, digest in files:
+        written[file] = {"bytes": size, "sha256": digest}
+        for piece in pieces:
+            tensors[piece.name]["runs"].append(
+                {"file": file, "key": piece.key, "start": piece.start, "count": piece.array.size})
+    return {"tensors": tensors, "files": written}
+
+
+def _require_same(name: str, one: dict[str, Any], other: dict[str, Any]) -> None:
+    for fact in ("shape", "dtype"):
+        if one[fact] != other[fact]:
+            raise ValueError(f"pieces of {name} disagree: {fact} {one[fact]} and {other[fact]}")
+
+
+def dumps(step: int, records: Sequence[dict[str, Any]], meta: dict[str, Any]) -> bytes:
+    """The manifest's text from what each rank wrote.
+
+    Raises:
+        ValueError: The pieces of all ranks don't cover every tensor exactly once.
+    """
+    tensors: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    for part in records:
+        files.update(part["files"])
+        for name, entry in part["tensors"].items():
+            known = tensors.setdefault(name, {**entry, "runs": []})
+            _require_same(name, known, entry)
+            known["runs"] += entry["runs"]
+    for name, entry in tensors.items():
+        entry["runs"].sort(key=lambda run: run["start"])
+        _require_cover(name, prod(entry["shape"]), [(run["start"], run["count"]) for run in entry["runs"]])
+    body = {"format": FORMAT, "version": VERSION, "step": step, "ranks": len(records), "meta": meta,
+            "files": files, "tensors": tensors}
+    return json.dumps({**body, "sha256": _digest(body)}, indent=1).encode()
+
+
+def _require_cover(name: str, size: int, runs: Iterable[tuple[int, int]]) -> None:
+    end = 0
+    for start, count in runs:
+        if start != end:
+            raise ValueError(f"{name}: elements {min(start, end)} to {max(start, end)} are there "
+                             f"{'twice' if start < end else 'not at all'}")
+        end += count
+    if end != size:
+        raise ValueError(f"{name}: {end} elements instead of {size}")
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def loads(text: bytes) -> Manifest:
+    """Check and take apart a manifest's text.
+
+    Raises:
+        DamagedError: It is not what `dumps` wrote.
+        UserError: It is intact, but of a version that this program does not know.
+    """
+    try:
+        body = json.loads(text)
+        claimed = body.pop("sha256")
+        intact = claimed == _digest(body)
+        version = body.get("version")
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise DamagedError(f"is not a manifest ({type(error).__name__}: {error})") from None
+    if body.get("format") != FORMAT:
+        raise DamagedError(f"is not a manifest of this program (its format is {str(body.get('format'))[:80]!r})")
+    if not intact:
+        also = "" if version == VERSION else f" and its version is {str(version)[:20]!r}, not {VERSION}"
+        raise DamagedError(f"was changed after it was written: its checksum does not match{also}")
+    if version != VERSION:
+        raise UserError(f"was written in version {version!r} of the format, this program reads version {VERSION}. "
+                        "Use the version of mpilm that wrote it, or a newer one.")
+    try:
+        return _checked(body)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise DamagedError(f"does not make sense ({type(error).__name__}: {error})") from None
+
+
+def _checked(body: dict[str, Any]) -> Manifest:
+    files = {name: File(_whole(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
+    for name in files:
+        _require(FILE_NAME.fullmatch(name), f"{name[:80]!r} is not the name of a file of a checkpoint")
+    tensors = {name: _tensor(name, entry) for name, entry in body["tensors"].items()}
+    used = dict.fromkeys(files, 0)
+    for name, tensor in tensors.items():
+        for run in tensor.runs:
+            _require(run.file in files, f"{name} lies in {run.file[:80]!r}, which is not listed")
+            used[run.file] += run.count * tensor.dtype.itemsize
+    for name, total in used.items():
+        _require(total <= files[name].bytes, f"{name} of {files[name].bytes} bytes can't hold {total}")
+    _require(isinstance(body["meta"], dict), "meta is not an object")
+    return Manifest(_whole(body["step"]), _whole(body["ranks"]), tensors, files, body["meta"])
+
+
+def _tensor(name: str, entry: dict[str, Any]) -> Tensor:
+    _require(NAME.fullmatch(name), f"{name[:80]!r} is not the name of a tensor")
+    shape = tuple(_whole(size) for size in entry["shape"])
+    runs = tuple(Run(str(run["file"]), str(run["key"]), _whole(run["start"]), _whole(run["count"]))
+                 for run in entry["runs"])
+    _require_cover(name, prod(shape), [(run.start, run.count) for run in runs])
+    return Tensor(shape, DTYPES[entry["dtype"]], runs)
+
+
+def _whole(number: Any) -> int:
+    _require(type(number) is int and 0 <= number < 1 << 62, f"{str(number)[:40]} is not a whole number")
+    return int(number)
+
+
+def _require(condition: object, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)

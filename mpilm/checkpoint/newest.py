@@ -1,0 +1,106 @@
+"""Find the checkpoint to go on from: the newest whose every byte is as it was written.
+
+The ranks share the files out by size, verify them at the same time, and agree. Rank 0 alone reads the manifest. Nothing
+in the directory is changed, so that other programs may look while a run writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from mpilm.checkpoint import retention
+from mpilm.checkpoint.manifest import DamagedError
+from mpilm.checkpoint.reader import Reader
+from mpilm.log import UserError, warn
+
+
+class Group(Protocol):
+    """What is needed of a communicator."""
+
+    rank: int
+    size: int
+
+    def bcast(self, value: Any) -> Any: ...
+    def allgather(self, value: Any) -> list[Any]: ...
+
+
+class Alone:
+    """The communicator of a program without MPI."""
+
+    rank = 0
+    size = 1
+
+    def bcast(self, value: Any) -> Any:
+        """The value."""
+        return value
+
+    def allgather(self, value: Any) -> list[Any]:
+        """A list of the value."""
+        return [value]
+
+
+def newest(directory: str | Path, comm: Group, *, tell: Callable[[str], None] = warn) -> Reader | None:
+    """The newest complete and undamaged checkpoint; None if there is none at all. Collective over `comm`.
+
+    A damaged one is named through `tell`, and the one before it is tried.
+
+    Raises:
+        UserError: There are some, but none is good; or the newest is of a version that this program can't read.
+    """
+    directory = Path(directory)
+    reasons = []
+    candidates: list[Path] = comm.bcast(list(retention.complete(directory).values()) if comm.rank == 0 else None)
+    for path in candidates:
+        try:
+            return verified(path, comm)
+        except DamagedError as error:
+            reasons.append(str(error))
+            tell(f"{error} This checkpoint is not used; the one before it is tried.")
+    if reasons:
+        raise UserError("\n  ".join([f"{directory}: none of the {len(reasons)} checkpoints is good.", *reasons,
+                                     "Remove the directory to start anew, or restore it from a copy."]))
+    return None
+
+
+def verified(path: str | Path, comm: Group) -> Reader:
+    """This very checkpoint, every file compared with its checksum. Collective over `comm`.
+
+    Raises:
+        DamagedError: On every rank the same, naming the first file that is wrong.
+        UserError: It is of a version that this program can't read.
+    """
+    reader, error = _opened(path) if comm.rank == 0 else (None, None)
+    parsed, error = comm.bcast((reader and reader.manifest, error))
+    if error:
+        raise error
+    reader = Reader(path, parsed)
+    damage = None
+    try:
+        reader.verify(share({name: file.bytes for name, file in parsed.files.items()}, comm.rank, comm.size))
+    except DamagedError as found:
+        damage = found
+    for first in comm.allgather(damage):
+        if first is not None:
+            raise first
+    return reader
+
+
+def _opened(path: str | Path) -> tuple[Reader | None, UserError | None]:
+    try:
+        return Reader(path), None
+    except UserError as error:
+        return None, error
+
+
+def share(sizes: dict[str, int], rank: int, size: int) -> list[str]:
+    """The files that a rank verifies: the largest file first, each to whoever has least so far."""
+    loads = [0] * size
+    mine = []
+    for name, nbytes in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        owner = loads.index(min(loads))
+        loads[owner] += nbytes
+        if owner == rank:
+            mine.append(name)
+    return mine

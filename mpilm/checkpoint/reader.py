@@ -1,0 +1,134 @@
+"""Read any run of any tensor of a checkpoint. No MPI, no pickle, no torch.
+
+    reader = Reader("runs/demo/checkpoints/step-00000100")
+    reader.step, reader.meta, reader.tensors["model.norm.weight"].shape
+    reader.read("model.norm.weight", 0, 256)
+
+Bytes are read into the array that is returned, not mapped: a file that shrinks or a disk that fails is then an error
+with a name instead of a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpilm.checkpoint import manifest, tensorfile
+from mpilm.checkpoint.manifest import DamagedError, Manifest, Run, Tensor
+from mpilm.log import UserError
+
+
+class Reader:
+    """A checkpoint directory whose manifest has been checked. The files are checked by `verify`.
+
+    Args:
+        path: The checkpoint.
+        parsed: Its manifest, if it has been read before.
+
+    Raises:
+        DamagedError: The manifest is missing or is not what was written.
+        UserError: It is of another version of the format.
+    """
+
+    def __init__(self, path: str | Path, parsed: Manifest | None = None) -> None:
+        self.path = Path(path)
+        self.manifest = parsed or _manifest(self.path / manifest.FILE)
+        self.step: int = self.manifest.step
+        self.meta: dict[str, Any] = self.manifest.meta
+        self.tensors: dict[str, Tensor] = self.manifest.tensors
+        self._contents: dict[str, dict[str, tensorfile.Stored]] = {}
+
+    def read(self, name: str, start: int, count: int) -> np.ndarray:
+        """Elements [start, start + count) of the flattened tensor: a new 1-D array of the tensor's dtype.
+
+        Raises:
+            DamagedError: A file can't be read or is not what the manifest says.
+            UserError: There is no such tensor.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: there is no tensor {name}. It has {_some(self.tensors)}.")
+        tensor = self.tensors[name]
+        assert 0 <= start <= start + count <= tensor.size, f"{name}[{start}:{start + count}]"
+        values = np.empty(count, tensor.dtype)
+        runs, stop = tensor.runs, start + count
+        first = bisect_right([run.start for run in runs], start) - 1
+        for run in runs[max(first, 0):]:
+            low, high = max(start, run.start), min(stop, run.start + run.count)
+            if low >= high:
+                break
+            self._read_run(run, tensor, low, values[low - start:high - start])
+        return values
+
+    def verify(self, files: Iterable[str] | None = None) -> None:
+        """Compare size and checksum of these files (default: of all) with the manifest.
+
+        Raises:
+            DamagedError: Names the first file that is wrong, and how.
+        """
+        for name in self.manifest.files if files is None else files:
+            wanted = self.manifest.files[name]
+            try:
+                found = tensorfile.sha256(self.path / name, wanted.bytes)
+            except (OSError, ValueError) as error:
+                raise _damaged(self.path / name, error) from None
+            if found != wanted.sha256:
+                raise DamagedError(f"{self.path / name} was changed after it was written: its checksum does not match.")
+
+    def _read_run(self, run: Run, tensor: Tensor, low: int, target: np.ndarray) -> None:
+        path = self.path / run.file
+        try:
+            file = tensorfile.open_regular(path)
+            try:
+                stored = self._stored(file, run, tensor)
+                offset = stored.offset + (low - run.start) * tensor.dtype.itemsize
+                tensorfile.read_into(file, target, offset)
+            finally:
+                os.close(file)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from None
+
+    def _stored(self, file: int, run: Run, tensor: Tensor) -> tensorfile.Stored:
+        if run.file not in self._contents:
+            self._contents[run.file] = tensorfile.contents(file, self.manifest.files[run.file].bytes)
+        stored = self._contents[run.file].get(run.key)
+        shape = tensor.shape if run.count == tensor.size else (run.count,)
+        if stored is None or stored.dtype != tensor.dtype or stored.shape != shape:
+            raise ValueError(f"does not hold {run.key} as the manifest says")
+        return stored
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        file = tensorfile.open_regular(path)
+        try:
+            size = os.fstat(file).st_size
+            if size > manifest.MAX_BYTES:
+                raise ValueError(f"of {size} bytes is too large for a manifest")
+            text = np.empty(size, np.uint8)
+            tensorfile.read_into(file, text, 0)
+        finally:
+            os.close(file)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    try:
+        return manifest.loads(text.tobytes())
+    except UserError as error:
+        raise type(error)(f"{path} {error}") from None
+
+
+def _damaged(path: Path, error: OSError | ValueError) -> DamagedError:
+    if isinstance(error, FileNotFoundError):
+        return DamagedError(f"{path} is missing.")
+    if isinstance(error, OSError):
+        return DamagedError(f"{path} can't be read: {error.strerror}.")
+    return DamagedError(f"{path} {error}.")
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "") or "none"
