@@ -1,0 +1,172 @@
+"""How a failing rank ends the whole job: within seconds, with its own words first, and never with exit code 0.
+
+    a bug (any exception, on any thread)    the rank's traceback, labelled with rank and host, then MPI_Abort: code 1
+    UserError on every rank                 the message, once, without a traceback; every rank exits with code 2
+    UserError on some ranks only            after a moment's grace the same message, labelled, then MPI_Abort: code 2
+    a non-zero SystemExit                   labelled, then MPI_Abort with its code
+    Ctrl-C                                  "interrupted"; code 130
+
+An exception on one rank must not leave the others waiting in a collective for ever, so none of this is optional. It
+holds inside `launch.session`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from mpilm.log import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpi4py import MPI
+
+T = TypeVar("T")
+USER_ERROR, INTERRUPTED = 2, 130
+GRACE_S = 3.0
+
+
+class RankError(RuntimeError):
+    """Another rank's error, raised here so that all ranks end together. `origin` is that rank: it tells the story."""
+
+    def __init__(self, text: str, origin: int = 0) -> None:
+        super().__init__(text)
+        self.origin = origin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RankError, (str(self), self.origin)
+
+
+def on_root(comm: MPI.Comm, function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and return its result on every rank. Collective over `comm`.
+
+    What it returns must be small and picklable. What only rank 0 can see going wrong becomes an error of all.
+
+    Raises:
+        UserError: As rank 0 raised it, on every rank.
+        RankError: On the other ranks, when rank 0 raised anything else.
+    """
+    value, error = None, None
+    if comm.rank == 0:
+        try:
+            value = function()
+        except Exception as caught:
+            error = caught
+    value, text, mistake = comm.bcast((value, _text(error), isinstance(error, UserError)))
+    if error is not None:
+        raise error
+    if text is not None:
+        raise UserError(text) if mistake else RankError(text, origin=0)
+    return value
+
+
+def agree(comm: MPI.Comm, error: Exception | None) -> None:
+    """Raise on all ranks when any rank hands in an error. Collective over `comm`.
+
+    Raises:
+        UserError: Every error was a UserError or an OSError; the message names the ranks, unless all say the same.
+        RankError: Another kind of error; the rank that has it raises its own.
+    """
+    mistake = isinstance(error, UserError | OSError)
+    verdicts = [(rank, verdict) for rank, verdict in enumerate(comm.allgather((_text(error), mistake))) if verdict[0]]
+    if not verdicts:
+        return
+    if all(mistake for _, (_, mistake) in verdicts):
+        raise UserError(_summary([(rank, str(text)) for rank, (text, _) in verdicts], comm.size)) from error
+    if error is not None and not mistake:
+        raise error
+    rank, (text, _) = next((rank, verdict) for rank, verdict in verdicts if not verdict[1])
+    raise RankError(f"rank {rank}: {text}", origin=rank)
+
+
+def _text(error: Exception | None) -> str | None:
+    if error is None:
+        return None
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _summary(verdicts: list[tuple[int, str]], size: int) -> str:
+    """The distinct messages, each with the ranks that gave it."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in verdicts:
+        ranks.setdefault(text, []).append(rank)
+    if len(ranks) == 1 and len(verdicts) == size:
+        return verdicts[0][1]
+    return "\n".join(f"rank {', '.join(map(str, who[:8]))}{' ...' * (len(who) > 8)}: {text}"
+                     for text, who in ranks.items())
+
+
+class Guard:
+    """Watches over one rank: as a context it turns whatever leaves its body into the end of the job.
+
+    Args:
+        comm: For the verdicts alone, so that they never match the program's own messages.
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm = comm
+        self.label = f"[rank {comm.rank} on {socket.gethostname()}]"
+        self._thread_hook = threading.excepthook
+
+    def __enter__(self) -> Guard:
+        threading.excepthook = self._thread_failed
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
+        """Leave together: returns when every rank's body has ended well, otherwise ends the job."""
+        threading.excepthook = self._thread_hook
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self._leave(0, None, grace_s=float("inf"))
+        elif isinstance(error, UserError):
+            self._leave(USER_ERROR, f"error: {error}", grace_s=GRACE_S)
+        elif isinstance(error, KeyboardInterrupt):
+            self._leave(INTERRUPTED, "interrupted", grace_s=GRACE_S)
+        elif isinstance(error, SystemExit):
+            self._abort(error.code if isinstance(error.code, int) else 1, f"exits with {error.code!r}")
+        else:
+            if isinstance(error, RankError) and error.origin != self.comm.rank:
+                time.sleep(GRACE_S)  # the rank that knows more speaks first, and ends us all
+            self._abort(1, _traceback(error))
+
+    def _leave(self, code: int, text: str | None, *, grace_s: float) -> None:
+        gate, deadline = self.comm.Ibarrier(), time.monotonic() + grace_s
+        while not gate.Test():
+            if time.monotonic() > deadline:
+                self._abort(code, text or "")
+            time.sleep(0.002)
+        verdicts = self.comm.allgather((code, text))
+        codes = [code for code, _ in verdicts]
+        if any(codes):
+            if self.comm.rank == 0:
+                told = [(rank, text) for rank, (_, text) in enumerate(verdicts) if text is not None]
+                _print(_summary(told, self.comm.size))
+            raise SystemExit(max(codes))
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_value is not None and not issubclass(failed.exc_type, SystemExit):
+            name = failed.thread.name if failed.thread else "?"
+            self._abort(1, f"in thread {name}:\n{_traceback(failed.exc_value)}")
+
+    def _abort(self, code: int, text: str) -> NoReturn:
+        from mpi4py import MPI
+
+        _print(f"{self.label} {text}")
+        MPI.COMM_WORLD.Abort(code or 1)
+        os._exit(code or 1)
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _print(text: str) -> None:
+    """One write, so that the words of several ranks do not mix, after what was printed before."""
+    sys.stdout.flush()
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,170 @@
+"""From a launched process to a rank that knows its place: `session` is where every program begins and ends.
+
+    with session(run_dir="runs/demo") as world:       # mpirun -np 8 python -m mpilm.train
+        comm = world.dup("checkpoint")                # one communicator for each purpose
+        files = on_root(world.comm, list_files)       # what only rank 0 looks at, told to all
+
+Order matters, so it is all here: memory allocation is tuned by starting the process anew (the pid stays), the
+launcher's local rank chooses the GPU, MPI starts, the launcher's word is checked against MPI's, threads are shared out
+before numpy or torch are imported, and from then on an error on any rank ends the job (see failure.py).
+Nothing of MPI is imported outside a session, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpilm import log, placement, startup
+from mpilm.failure import Guard, RankError, agree, on_root
+from mpilm.log import UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["RankError", "World", "agree", "command", "on_root", "session"]
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of the program, and where this one stands.
+
+    Args:
+        comm: For control: a duplicate of COMM_WORLD.
+        rank: Number of this rank.
+        size: Number of ranks.
+        local_rank: Number of this rank on its node.
+        local_size: Ranks on the node.
+        host: The node's name.
+        device: "cpu" or "cuda:<index>".
+        threads: This rank's share of the node's cores, or what OMP_NUM_THREADS says; for torch.set_num_threads.
+        cores: Physical cores that this rank may run on.
+        memory: Bytes: this rank's share of what the node had available at the start.
+        thread_level: What MPI provides; MPI.THREAD_MULTIPLE where the MPI library can.
+    """
+
+    comm: MPI.Comm
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+    device: str
+    threads: int
+    cores: tuple[int, ...]
+    memory: int
+    thread_level: int
+    _duplicates: list[MPI.Comm] = field(default_factory=list, repr=False, compare=False)
+
+    def dup(self, purpose: str) -> MPI.Comm:
+        """A communicator of its own for one purpose; freed with the session. Collective over the world."""
+        duplicate = self.comm.Dup()
+        duplicate.Set_name(purpose)
+        self._duplicates.append(duplicate)
+        return duplicate
+
+    def table(self) -> str:
+        """The placement table on rank 0, empty elsewhere. Collective over the world."""
+        place = placement.Place(self.rank, self.host, self.device, self.cores, self.threads, self.memory)
+        places = self.comm.gather(place)
+        return placement.table(places) if places is not None else ""
+
+    def _free(self) -> None:
+        for duplicate in [*reversed(self._duplicates), self.comm]:
+            duplicate.Free()
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a command's `main`; a UserError before its session is told once, without traceback: exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        startup.end_all(str(error), placement.launcher(os.environ))
+
+
+@contextmanager
+def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterator[World]:
+    """Start MPI, find this rank's place, and end the job together. Collective over all ranks.
+
+    With a `run_dir`, rank 0 also writes what it says to log.txt there and prints the placement table. Inside a program
+    that has started MPI itself (a test) the session neither tunes nor ends anything, and errors pass through.
+
+    Args:
+        run_dir: The run directory; made where it is missing.
+        gpus: Choose a GPU by local rank, where there is one.
+
+    Raises:
+        SystemExit: With code 2 on every rank after a UserError.
+    """
+    if _mpi_is_running():
+        world = _arrive("cpu")
+        _greet(world, run_dir)
+        yield world
+        world._free()
+        return
+    startup.tune_malloc()
+    launcher = placement.launcher(os.environ)
+    device = startup.choose_gpu((launcher and launcher.local_rank) or 0) if gpus else "cpu"
+    startup.start_mpi(launcher)
+    from mpi4py import MPI
+
+    faulthandler.enable()  # a crash in compiled code shows where Python was
+    try:
+        with Guard(MPI.COMM_WORLD.Dup()):
+            world = _arrive(device)
+            _greet(world, run_dir)
+            yield world
+    finally:  # whoever gets here leaves together with all other ranks
+        MPI.Finalize()
+
+
+def _mpi_is_running() -> bool:
+    if "mpi4py.MPI" not in sys.modules:
+        return False
+    from mpi4py import MPI
+
+    return bool(MPI.Is_initialized()) and not MPI.Is_finalized()
+
+
+def _arrive(device: str) -> World:
+    """Meet the other ranks, share out the cores. Collective over COMM_WORLD."""
+    from mpi4py import MPI
+
+    comm: MPI.Comm = MPI.COMM_WORLD.Dup()
+    comm.Set_name("control")
+    log.setup(comm.rank)
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+    cores = placement.cores()
+    of_node: list[set[int]] = node.allgather(set(cores))
+    fair = placement.fair_threads(of_node, node.rank, quota=placement.cpu_quota())
+    threads = placement.wanted_threads(os.environ) or fair
+    for variable in placement.THREAD_VARIABLES:
+        os.environ.setdefault(variable, str(threads))
+    memory = node.bcast(placement.available_memory()) // node.size
+    world = World(comm, comm.rank, comm.size, node.rank, node.size, socket.gethostname(), device, threads,
+                  tuple(cores), memory, comm.allreduce(MPI.Query_thread(), op=MPI.MIN))
+    node.Free()
+    return world
+
+
+def _greet(world: World, run_dir: str | Path | None) -> None:
+    from mpi4py import MPI
+
+    if world.thread_level < MPI.THREAD_MULTIPLE:
+        log.warn("this MPI gives no MPI_THREAD_MULTIPLE: nothing can be sent while the backward pass still computes.")
+    if run_dir is None:
+        return
+    error = None
+    try:
+        log.setup(world.rank, run_dir)
+    except OSError as caught:
+        error = UserError(f"--run.dir {run_dir}: {caught.strerror}. Name a directory that can be made and written to.")
+    agree(world.comm, error)
+    log.say(world.table())
