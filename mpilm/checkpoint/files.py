@@ -41,9 +41,11 @@ class Place:
 
     def failed(self, error: OSError) -> UserError:
         """What to tell a person."""
+        lost = errno.ENOENT == error.errno
+        hint = " Was it removed? Do all nodes share this file system?" if lost else ""
         return UserError(
             f"The checkpoint of step {self.step} could not be written: rank {self.rank} on {socket.gethostname()}: "
-            f"{error.filename or self.partial}: {error.strerror}. {_readable(self.needed)} are needed, {self._free()} "
+            f"{error.filename or self.partial}: {error.strerror}.{hint} {_readable(self.needed)} are needed, {self._free()} "
             f"are free. Earlier checkpoints in {self.directory} are intact: when the cause is removed, "
             "the same command goes on from there.")
 

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.checkpoint.pieces import CODES, DTYPES, NAME, Piece
+from mpilm.checkpoint.pieces import CODES, DTYPES, MAX_DIMENSIONS, NAME, Piece
 from mpilm.log import UserError
 
 FILE = "manifest.json"
 FORMAT = "mpilm checkpoint"
 VERSION = 1
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 28
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\.safetensors")
 
 
@@ -184,6 +184,7 @@ def _checked(body: dict[str, Any]) -> Manifest:
 
 def _tensor(name: str, entry: dict[str, Any]) -> Tensor:
     _require(NAME.fullmatch(name), f"{name[:80]!r} is not the name of a tensor")
+    _require(len(entry["shape"]) <= MAX_DIMENSIONS, f"{name} has too many dimensions")
     shape = tuple(_whole(size) for size in entry["shape"])
     runs = tuple(Run(str(run["file"]), str(run["key"]), _whole(run["start"]), _whole(run["count"]))
                  for run in entry["runs"])

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+MAX_DIMENSIONS = 32
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,511}")
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8"),
@@ -45,6 +46,7 @@ class Piece:
 
     def __post_init__(self) -> None:
         assert NAME.fullmatch(self.name), f"{self.name!r}: not a tensor's name"
+        assert len(self.shape) <= MAX_DIMENSIONS, f"{self.name}: {self.shape}"
         assert self.array.ndim == 1, f"{self.name}: a piece is flat, not {self.array.shape}"
         assert self.array.dtype in CODES, f"{self.name}: {self.array.dtype} has no name in safetensors"
         assert 0 <= self.start <= self.stop <= prod(self.shape), f"{self.name}: [{self.start}:{self.stop}]"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.checkpoint import manifest, tensorfile
+from mpilm.checkpoint import manifest, retention, tensorfile
 from mpilm.checkpoint.manifest import DamagedError, Manifest, Run, Tensor
 from mpilm.log import UserError
 
@@ -38,6 +38,9 @@ class Reader:
     def __init__(self, path: str | Path, parsed: Manifest | None = None) -> None:
         self.path = Path(path)
         self.manifest = parsed or _manifest(self.path / manifest.FILE)
+        named = retention.COMPLETE.fullmatch(self.path.name)
+        if named and int(named[1]) != self.manifest.step:
+            raise DamagedError(f"{self.path / manifest.FILE} is of step {self.manifest.step}: it is in the wrong place.")
         self.step: int = self.manifest.step
         self.meta: dict[str, Any] = self.manifest.meta
         self.tensors: dict[str, Tensor] = self.manifest.tensors

@@ -2,7 +2,7 @@
 
     step-00000100             complete
     .step-00000200.partial    being written; after a kill: removed at the next start
-    .step-00000100.replaced   the old one while a new one of the same step takes its name; after a kill: put back
+    .step-00000100.replaced   the old one while a new one of the same step takes its name; good until that has happened
     .step-00000100.removed    being removed; after a kill: removed at the next start
     step-00000300.abandoned   the run went back to before this step and went on from there
 
@@ -48,9 +48,8 @@ def tidy(directory: Path) -> list[str]:
     removed = []
     for entry in _listed(directory):
         match = REPLACED.fullmatch(entry)
-        if match and not (directory / match[1]).exists():
-            os.rename(directory / entry, directory / match[1])
-        elif match or LEFTOVER.fullmatch(entry):
+        obsolete = match is not None and (directory / match[1]).exists()
+        if obsolete or LEFTOVER.fullmatch(entry):
             shutil.rmtree(directory / entry)
             removed.append(entry)
     return removed
@@ -71,15 +70,15 @@ def publish(directory: Path, step: int) -> None:
 
 def prune(directory: Path, step: int, *, keep_last: int, keep_every: int) -> list[str]:
     """After `step` has become complete: set aside what is newer, remove what need not stay; what to tell about it."""
-    steps = list(complete(directory))
-    newer = [other for other in steps if other > step]
+    found = complete(directory)
+    newer = [other for other in found if other > step]
     for other in newer:
         abandoned = directory / f"{name(other)}.abandoned"
         if abandoned.exists():
-            _remove(abandoned)
-        os.rename(directory / name(other), abandoned)
-    for other in expired([other for other in steps if other <= step], keep_last=keep_last, keep_every=keep_every):
-        _remove(directory / name(other))
+            _remove(abandoned, other)
+        os.rename(found[other], abandoned)
+    for other in expired([other for other in found if other <= step], keep_last=keep_last, keep_every=keep_every):
+        _remove(found[other], other)
     return [f"{directory / name(other)} is from before the run went back to an earlier step; "
             f"it is now called {name(other)}.abandoned." for other in newer]
 
@@ -99,8 +98,8 @@ def sync(directory: Path) -> None:
         os.close(file)
 
 
-def _remove(path: Path) -> None:
-    aside = path.parent / f".{path.name.removesuffix('.abandoned')}.removed"
+def _remove(path: Path, step: int) -> None:
+    aside = path.parent / f".{name(step)}.removed"
     if aside.exists():
         shutil.rmtree(aside)
     os.rename(path, aside)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.checkpoint.pieces import CODES, DTYPES, Piece
+from mpilm.checkpoint.pieces import CODES, DTYPES, MAX_DIMENSIONS, Piece
 
 HEADER_BYTES = 100_000_000      # the limit of the safetensors library
 CHUNK = 1 << 20                 # stays in the cache between the checksum and the write
@@ -154,7 +154,7 @@ def contents(file: int, size: int) -> dict[str, Stored]:
 def _stored(entry: dict[str, Any], data: int, size: int) -> Stored:
     begin, end = entry["data_offsets"]
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 62 for n in (begin, end, *shape)):
         raise ValueError("a size is not a whole number")
     if end - begin != prod(shape) * dtype.itemsize or data + end > size:
         raise ValueError("an array does not fit into the file")

@@ -120,8 +120,8 @@ class Writer:
         needed = self.comm.allreduce(sum(piece.array.nbytes for piece in pieces))
         place = files.Place(self.directory, step, self.comm.rank, needed)
         meta = json.loads(json.dumps(meta))
-        self._on_every_rank(partial(self._begin, place))
         views: list[memoryview] = self._on_every_rank(partial(self._snapshot.copy, dealt))
+        self._on_every_rank(partial(self._begin, place))
         announced = [Piece(piece.name, piece.shape, piece.start, piece.array[:0]) for piece in pieces]
         task = Task("checkpoint", partial(files.write_share, place, dealt, views, announced))
         self._job = _Job(place, meta, task, self._collect, began, time.perf_counter() - began)
