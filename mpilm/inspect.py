@@ -3,8 +3,8 @@
     python -m mpilm.inspect runs/demo                              the newest good checkpoint of a run
     python -m mpilm.inspect runs/demo/checkpoints/step-00000100    this one
 
-Every file is compared with its checksum first. `weights_sha256` depends on the weights alone: two runs have the same one
-if and only if their weights have the same bits, whatever number of ranks wrote them. Needs neither MPI nor torch.
+Every file is compared with its checksum first. `weights_sha256` depends on the weights alone: two runs have the same
+one if and only if their weights have the same bits, whatever number of ranks wrote them. Needs neither MPI nor torch.
 """
 
 from __future__ import annotations

@@ -41,13 +41,12 @@ class Place:
 
     def failed(self, error: OSError) -> UserError:
         """What to tell a person."""
-        lost = errno.ENOENT == error.errno
-        hint = " Was it removed? Do all nodes share this file system?" if lost else ""
+        hint = " Was it removed? Do all nodes share this file system?" if error.errno == errno.ENOENT else ""
         return UserError(
             f"The checkpoint of step {self.step} could not be written: rank {self.rank} on {socket.gethostname()}: "
-            f"{error.filename or self.partial}: {error.strerror}.{hint} {_readable(self.needed)} are needed, {self._free()} "
-            f"are free. Earlier checkpoints in {self.directory} are intact: when the cause is removed, "
-            "the same command goes on from there.")
+            f"{error.filename or self.partial}: {error.strerror}.{hint} "
+            f"{_readable(self.needed)} are needed, {self._free()} are free. Earlier checkpoints in {self.directory} "
+            "are intact: when the cause is removed, the same command goes on from there.")
 
     def _free(self) -> str:
         existing = next((path for path in (self.directory, *self.directory.parents) if path.is_dir()), Path("/"))

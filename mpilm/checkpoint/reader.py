@@ -40,7 +40,7 @@ class Reader:
         self.manifest = parsed or _manifest(self.path / manifest.FILE)
         named = retention.COMPLETE.fullmatch(self.path.name)
         if named and int(named[1]) != self.manifest.step:
-            raise DamagedError(f"{self.path / manifest.FILE} is of step {self.manifest.step}: it is in the wrong place.")
+            raise DamagedError(f"{self.path / manifest.FILE} is of step {self.manifest.step}: in the wrong place.")
         self.step: int = self.manifest.step
         self.meta: dict[str, Any] = self.manifest.meta
         self.tensors: dict[str, Tensor] = self.manifest.tensors

@@ -63,6 +63,9 @@ def write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
             while chunk:
                 chunk = chunk[os.write(file, chunk):]
         os.fsync(file)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(file)
     return digest.hexdigest()
