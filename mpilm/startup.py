@@ -97,7 +97,8 @@ def _strangers(launcher: Launcher, vendor: str, environ: Mapping[str, str]) -> b
 def _refuse(launcher: Launcher, consequence: str) -> NoReturn:
     from mpi4py import MPI
 
-    library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip(" \0")
+    library = " ".join(MPI.Get_library_version().splitlines()[0].partition(",")[0].strip("\0").split())
+    unset = "SLURM_STEP_ID" if launcher.kind == "slurm" else launcher.variable
     own = Path(sys.prefix) / "bin" / "mpirun"
     if launcher.kind == "slurm":
         remedy = ("Try another plug-in (srun --mpi=list shows them): --mpi=pmix for Open MPI, --mpi=pmi2 or "
@@ -109,7 +110,7 @@ def _refuse(launcher: Launcher, consequence: str) -> NoReturn:
                   f"{sys.executable} -m pip install --force-reinstall --no-deps --no-binary=mpi4py mpi4py")
     number = f"at least {launcher.size}" if launcher.kind == "pmix" else str(launcher.size)
     end_all(f"{launcher.name} started {number} processes ({launcher.variable}), but Python's MPI is {library}, "
-            f"{consequence}.\n{remedy}\nIf one rank is what you want: env -u {launcher.variable} "
+            f"{consequence}.\n{remedy}\nIf one rank is what you want: env -u {unset} "
             f"{Path(sys.executable).name} ...", launcher)
 
 

@@ -1,0 +1,211 @@
+"""The test frame: the same tests on every rank, one verdict for all, and no hang.
+
+    mpirun -np 2 python -m pytest            every rank runs every test; rank 0 reports for all
+
+Vote: after setup, call and teardown of each test all ranks exchange their outcomes; a failure on any is a failure on
+all, so they stay in step and take the same way on. Grace: a rank that failed and sees no peers coming (they wait for
+it inside the test) prints its failure and ends the job. Watchdog: when all are stuck, pytest's faulthandler_timeout
+prints every stack and exits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # for one-sided messages, which nothing here sends; slow to start
+os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
+
+from mpilm import placement, startup  # noqa: E402
+
+startup.start_mpi(placement.launcher(os.environ))
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+from mpi4py import MPI  # noqa: E402
+
+from tests.helpers import Result, run_nested  # noqa: E402
+
+atexit.register(MPI.Finalize)
+WORLD = MPI.COMM_WORLD
+BALLOTS = WORLD.Dup()  # never matches a test's own messages
+GRACE_S = float(os.environ.get("MPILM_TEST_GRACE_S", "15"))
+STDERR = pytest.StashKey[int]()
+
+# Every rank must draw the same examples; a slow rank must not make one of them fail alone.
+hypothesis.settings.register_profile(
+    "mpilm", derandomize=True, deadline=None, database=None, max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture])
+hypothesis.settings.load_profile("mpilm")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Ranks above 0 are quiet; a rank that is being killed shows where it was waiting."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        config.stash[STDERR] = os.dup(2)
+    faulthandler.register(signal.SIGTERM, file=config.stash[STDERR], chain=True)
+    if WORLD.rank > 0 and config.pluginmanager.has_plugin("terminalreporter"):
+        config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_report_header() -> str:
+    """One line that tells MPI and ranks."""
+    vendor, version = MPI.get_vendor()
+    return f"mpi: {vendor} {'.'.join(map(str, version))}, {WORLD.size} ranks"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, on all ranks alike, what does not fit the number of ranks."""
+    for item in items:
+        wanted = item.get_closest_marker("ranks")
+        least, most = (wanted.kwargs.get("min", 1), wanted.kwargs.get("max", WORLD.size)) if wanted else (1, WORLD.size)
+        if item.get_closest_marker("serial"):
+            most = 1
+        if not least <= WORLD.size <= most:
+            item.add_marker(pytest.mark.skip(reason=f"runs on {least} to {most} ranks"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """End everywhere when ranks do not have the same tests."""
+    mine = [item.nodeid for item in session.items]
+    ballots = _vote(session.config, (session.testsfailed, mine), failed=session.testsfailed > 0)
+    if all(ballot == ballots[0] for ballot in ballots):
+        return
+    common = set.intersection(*(set(nodeids) for _, nodeids in ballots))
+    lines = [f"[rank {rank}] {errors} errors in collection, alone has: {sorted(set(nodeids) - common)}"
+             for rank, (errors, nodeids) in enumerate(ballots)]
+    pytest.exit("ranks have different tests, or the same in another order\n" + "\n".join(lines), returncode=3)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """The vote: the report of every rank becomes that of all."""
+    report: pytest.TestReport = yield  # type: ignore[misc,assignment]
+    ballot = (f"{item.nodeid} {call.when}", report.outcome, _words(report))
+    ballots = _vote(item.config, ballot, failed=report.failed)
+    if len({name for name, _, _ in ballots}) > 1:
+        _abort(item.config, f"ranks are at different tests: {[name for name, _, _ in ballots]}")
+    outcomes = {outcome for _, outcome, _ in ballots}
+    if outcomes == {"failed"} and len({words for _, _, words in ballots}) == 1:
+        return report  # type: ignore[return-value]
+    if "failed" in outcomes or len(outcomes) > 1:
+        report.outcome = "failed"
+        report.longrepr = _culprits([(outcome, words) for _, outcome, words in ballots])
+    return report  # type: ignore[return-value]
+
+
+def _words(report: pytest.TestReport) -> str:
+    if not report.failed:
+        return ""
+    captured = [f"--- {name} ---\n{text[-4000:]}" for name, text in report.sections]
+    return "\n".join([report.longreprtext, *captured])
+
+
+def _culprits(ballots: list[tuple[str, str]]) -> str:
+    told: dict[tuple[str, str], list[int]] = {}
+    for rank, ballot in enumerate(ballots):
+        told.setdefault(ballot, []).append(rank)
+    return "\n".join(f"[rank {', '.join(map(str, ranks))}] {outcome}\n{words}"
+                     for (outcome, words), ranks in told.items() if outcome != "passed")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """The exit code of every rank is the highest of all."""
+    stopped = exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+    session.exitstatus = max(_vote(session.config, int(exitstatus), failed=stopped))
+
+
+def _vote(config: pytest.Config, ballot: Any, *, failed: bool) -> list[Any]:
+    """Exchange ballots. A rank that failed waits for its peers only so long: they may wait for it inside the test."""
+    gate, deadline = BALLOTS.Ibarrier(), time.monotonic() + GRACE_S
+    while not gate.Test():
+        if failed and time.monotonic() > deadline:
+            _abort(config, f"failed, and the others did not arrive within {GRACE_S:.0f} s\n{ballot[-1]}")
+        time.sleep(0.002)
+    return BALLOTS.allgather(ballot)
+
+
+def _abort(config: pytest.Config, text: str) -> None:
+    os.write(config.stash[STDERR], f"\n[rank {WORLD.rank}] {text}\n".encode())
+    WORLD.Abort(1)
+
+
+@pytest.fixture
+def comm() -> Iterator[MPI.Comm]:
+    """A communicator over all ranks, for this test alone."""
+    duplicate = WORLD.Dup()
+    yield duplicate
+    duplicate.Free()
+
+
+@pytest.fixture
+def tmp_path_all() -> Iterator[Path]:
+    """One directory that all ranks see; made by rank 0 and removed in the end."""
+    made = tempfile.mkdtemp(prefix="mpilm-test-") if WORLD.rank == 0 else None
+    path = Path(BALLOTS.bcast(made))
+    yield path
+    BALLOTS.Barrier()
+    if WORLD.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def watch(pytestconfig: pytest.Config) -> Callable[[float], contextlib.AbstractContextManager[None]]:
+    """`with watch(20):` ends the job, showing all stacks, when the body takes longer than so many seconds."""
+
+    @contextlib.contextmanager
+    def watching(seconds: float) -> Iterator[None]:
+        def bark() -> None:
+            faulthandler.dump_traceback(file=pytestconfig.stash[STDERR], all_threads=True)
+            _abort(pytestconfig, f"still at it after {seconds} s")
+
+        timer = threading.Timer(seconds, bark)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    return watching
+
+
+@pytest.fixture
+def run_mpi() -> Callable[..., Result]:
+    """`run_mpi(2, ["-m", "mpilm.train", ...], env={}, timeout=120)` -> Result(rc, stdout, stderr).
+
+    A real mpirun, started by rank 0 of the test; the other ranks sleep until it is over. See `helpers.run_nested`.
+    """
+
+    def run(n: int, args: list[str], **options: Any) -> Result:
+        outcome: Result | AssertionError | None = None
+        if WORLD.rank == 0:
+            try:
+                outcome = run_nested(n, args, **options)
+            except AssertionError as error:
+                outcome = error
+        gate = BALLOTS.Ibarrier()
+        while not gate.Test():
+            time.sleep(0.02)
+        outcome = BALLOTS.bcast(outcome)
+        if isinstance(outcome, AssertionError):
+            raise outcome
+        assert outcome is not None
+        return outcome
+
+    return run

@@ -1,0 +1,116 @@
+"""What tests of several files need: verdicts that all ranks share, and programs started under a real mpirun.
+
+    everywhere(comm, array[0] == 1, "first element")     fails on all ranks when it is false on any
+    same_everywhere(comm, array)                         the same bits on all ranks
+    run_nested(2, ["-m", "mpilm.train", ...])            mpirun of this environment's own MPI; .rc .stdout .stderr
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYD", "MPI_LOCAL", "MPIR_CVAR_", "PALS_", "OPAL_", "GLIBC_")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+FOR_NESTED = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_btl": "^ofi",
+}
+
+
+def everywhere(comm: Any, ok: bool, text: str = "") -> None:
+    """Assert on all ranks what each has checked for itself; a hypothesis test stays in step this way."""
+    culprits = [rank for rank, fine in enumerate(comm.allgather(bool(ok))) if not fine]
+    assert not culprits, f"not so on rank {', '.join(map(str, culprits))}: {text}"
+
+
+def same_everywhere(comm: Any, array: np.ndarray) -> None:
+    """Assert that every rank holds the same dtype, shape and bits."""
+    digest = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
+    held = comm.allgather((str(array.dtype), array.shape, digest))
+    assert len(set(held)) == 1, f"ranks hold different arrays: {held}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program left: exit code and what it printed."""
+
+    rc: int
+    stdout: str
+    stderr: str
+
+
+def mpirun() -> str:
+    """The mpirun of this environment's MPI: PyPI's own, else the first on PATH."""
+    own = Path(sys.prefix) / "bin" / "mpirun"
+    found = str(own) if own.exists() else shutil.which("mpirun")
+    assert found, "there is no mpirun"
+    return found
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without what this rank's own launcher and the test frame put there."""
+    kept = {key: value for key, value in os.environ.items()
+            if not key.startswith(LAUNCHER_PREFIXES) and key not in THREADS}
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH")]))
+    return kept | FOR_NESTED
+
+
+def run_nested(n: int, args: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 120,
+               cwd: str | Path | None = None, launcher: Sequence[str] = ()) -> Result:
+    """Run `python ARGS` on `n` ranks (0: without mpirun). Not collective: call it on one rank.
+
+    Args:
+        n: Ranks.
+        args: Command line after the interpreter.
+        env: Added to a clean environment.
+        timeout: Seconds; then the job is killed and the test fails with what it printed.
+        cwd: Working directory.
+        launcher: Further options of mpirun, or another mpirun when the first is an absolute path.
+    """
+    own = [] if launcher and launcher[0].startswith("/") else [mpirun()]
+    start = [*own, *launcher, "-np", str(n)] if n else []
+    with _all_cores():
+        process = subprocess.Popen([*start, sys.executable, *args], env=clean_environment() | dict(env or {}), cwd=cwd,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True, errors="replace", start_new_session=True)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end(process)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"{' '.join(args)} ran past {timeout} s\n{stdout}\n{stderr}") from None
+    return Result(process.returncode, stdout.replace("\0", ""), stderr.replace("\0", ""))
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a launcher and all it started: politely, then at once."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+class _all_cores:  # noqa: N801 - used as a statement
+    """A child inherits the cores of its parent; this rank may be bound to one of them."""
+
+    def __enter__(self) -> None:
+        self.own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+    def __exit__(self, *error: object) -> None:
+        os.sched_setaffinity(0, self.own)
