@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from mpilm import arithmetic, resume, sync
 from mpilm.arithmetic import Arithmetic
 from mpilm.checkpoint import Reader, Writer
-from mpilm.comm import choose, collectives
+from mpilm.comm import choose
+from mpilm.comm.collectives import Collective
 from mpilm.comm.mesh import Mesh
 from mpilm.comm.node import Node
 from mpilm.comm.order import even_runs, runs
@@ -34,6 +35,8 @@ from mpilm.state import TrainState, from_checkpoint, initial
 from mpilm.sync.allreduce import Allreduce
 from mpilm.trainer import Trainer
 from mpilm.validation import Validation
+
+FLOAT_BYTES = 4
 
 
 @dataclass
@@ -60,11 +63,11 @@ def trainer(config: Config, world: World) -> Trainer:
     reader = resume.find(config, world.comm)
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
-        resume.check(reader, shape=vars(shape), data=about_data, config=config)
+        resume.check(reader, shape=asdict(shape), data=about_data, config=config)
     decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else {})
     core = build(config, world, shape, decision)
     state = restore(core, shape, config, reader)
-    about = {"shape": vars(shape), "data": about_data, "config": config.to_dict(),
+    about = {"shape": asdict(shape), "data": about_data, "config": config.to_dict(),
              "arithmetic": decision.to_dict(), "layout": {"dp": core.mesh.dp.size, "pp": 1, "tp": 1}}
     return Trainer(
         config=config, state=state, model=core.model, update=core.update, pipeline=core.pipeline, sync=core.sync,
@@ -108,7 +111,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     update = Update(config.optim, config.run.steps)
     matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
     synchronizer = sync.get(config.sync.kind)(
-        dict(model.named_parameters()), matrices, _collective(config, mesh, shape), Worker("communication"),
+        dict(model.named_parameters()), matrices, _collective(config, mesh), Worker("communication"),
         states=update.STATES, num_slots=len(dealt[mesh.dp.rank]), dtype=decision.dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
     if decision.compile:
@@ -125,14 +128,9 @@ def _check_kinds(config: Config) -> None:
                         "parallel only; give 1 for both.")
 
 
-def _collective(config: Config, mesh: Mesh, shape: Shape) -> Any:
-    node = Node.build(mesh.dp)
-    bucket = int(config.sync.bucket_mib * 2**20)
-    name = config.sync.collective
-    if name == "auto":
-        name, text = choose.fastest(mesh.dp, node, bucket, reproducible=config.run.reproducible)
-        say(text)
-    return collectives.get(name)(mesh.dp, node, reproducible=config.run.reproducible)
+def _collective(config: Config, mesh: Mesh) -> Collective:
+    return choose.build(config.sync.collective, mesh.dp, Node.build(mesh.dp), reproducible=config.run.reproducible,
+                        count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES)
 
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:

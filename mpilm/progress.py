@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -15,14 +16,14 @@ class Progress:
     def __init__(self, total: int, *, done: int = 0, unit: str = "step") -> None:
         self.total, self.unit = total, unit
         self.bar: Any = None
-        if sys.stdout.isatty():
+        if on_terminal():
             self._open_bar(done)
 
     def _open_bar(self, done: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.bar = Progress(TextColumn(self.unit), MofNCompleteColumn(), BarColumn(bar_width=20),
-                            TextColumn("{task.description}"))
+                            TextColumn("{task.description}"), refresh_per_second=2)
         self.task = self.bar.add_task("", total=self.total, completed=done)
         self.bar.start()
 
@@ -37,3 +38,15 @@ class Progress:
         """Leave the terminal as it was found."""
         if self.bar is not None:
             self.bar.stop()
+
+
+def on_terminal() -> bool:
+    """Whether a person watches: mpirun gives its ranks a terminal of their own even if its output goes to a file."""
+    if not sys.stdout.isatty():
+        return False
+    if not any(name.startswith(("OMPI_COMM_WORLD_", "PMI_")) for name in os.environ):
+        return True
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith("/dev/pts/")
+    except OSError:
+        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpilm.checkpoint import Writer
+from mpilm.checkpoint import Piece, Writer
 from mpilm.config import Checkpoint
 from mpilm.model.shape import Shape
 from mpilm.state import TrainState, describe, pieces
@@ -23,15 +23,18 @@ class Saver:
                  about: dict[str, Any], saved: int) -> None:
         self.writer, self.sync, self.shape, self.comm, self.config = writer, sync, shape, comm, config
         self.about, self.saved = about, saved
+        writer.reserve(self._pieces())
 
     def after_step(self, state: TrainState, *, last: bool) -> None:
         """Save if it is time to; otherwise see how an earlier save is getting on."""
         self.writer.poll()
         due = last or (self.config.every and state.step % self.config.every == 0)
         if due and state.step != self.saved:
-            runs = self.sync.runs(self.comm.rank, self.comm.size)
-            self.writer.save(state.step, list(pieces(self.shape, runs)), describe(state, self.about))
+            self.writer.save(state.step, self._pieces(), describe(state, self.about))
             self.saved = state.step
+
+    def _pieces(self) -> list[Piece]:
+        return list(pieces(self.shape, self.sync.runs(self.comm.rank, self.comm.size)))
 
     def wait(self) -> None:
         """Return when everything saved is complete on disk."""

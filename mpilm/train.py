@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -55,4 +54,4 @@ def summarize(trainer: Trainer, config: Config, world: World) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    launch.command(main)
