@@ -63,8 +63,10 @@ class Bucket:
     def reduce(self) -> None:
         """Sum my segment over all ranks, and its squares block by block. Collective, in bucket order."""
         self.collective.reduce(self.reduced)
-        own = self.reduced[self.own].reshape(-1, BLOCK)
-        self.blocks[self.own.start // BLOCK:self.own.stop // BLOCK] = np.einsum("ij,ij->i", own, own)
+        # One call a block: over several blocks at once NumPy may sum each of them in another order.
+        for block in range(self.own.start // BLOCK, self.own.stop // BLOCK):
+            values = self.reduced[block * BLOCK:(block + 1) * BLOCK]
+            self.blocks[block] = np.einsum("i,i->", values, values)
 
     def flat(self) -> Flat:
         """My segment, as the update takes it."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ class Allreduce:
         started = time.perf_counter()
         self.worker.wait()
         self.owners.comm.Barrier()
-        self.grad_norm = math.sqrt(math.fsum(math.fsum(bucket.blocks) for bucket in self.buckets))
+        self.grad_norm = math.sqrt(math.fsum(chain.from_iterable(bucket.blocks for bucket in self.buckets)))
         reduced = time.perf_counter()
         scale = update.accept(self.grad_norm)
         if scale is not None:

@@ -1,0 +1,65 @@
+"""The same bits on any layout, stopped or not: real jobs of `python -m mpilm.train`, compared to the last bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests import datasets
+
+STEPS = 6
+OPTIONS = {"run.steps": STEPS, "run.compile": "off", "data.sequence_length": 32, "data.global_batch_size": 8,
+           "data.micro_batch_size": 2, "model.layers": 2, "model.width": 64, "model.heads": 2, "optim.warmup_steps": 2,
+           "log.every": 1, "log.validate_every": 3, "log.validation_sequences": 8, "log.tensorboard": "false",
+           "checkpoint.every": 2, "checkpoint.keep_last": 9}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """One small dataset for all runs."""
+    return datasets.small(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def train(run_mpi, data):
+    """train(ranks, directory, **options) -> what metrics.jsonl and the final checkpoint say."""
+    def run(ranks, directory, **changes):
+        options = OPTIONS | {"data.path": data, "run.dir": directory} | changes
+        args = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        result = run_mpi(ranks, ["-m", "mpilm.train", *args])
+        assert result.rc == 0, result.stdout + result.stderr
+        inspected = run_mpi(1, ["-m", "mpilm.inspect", str(directory), "--json"])
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        courses = [(line["step"], line["loss"], line["grad_norm"], line.get("validation_loss")) for line in lines]
+        return courses, json.loads(inspected.stdout)["weights_sha256"]
+    return run
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+def test_any_layout_gives_the_same_bits(train, tmp_path):
+    """1, 2, 3 and 4 ranks; shared and tree; buckets of any size; one and two emulated nodes."""
+    alone = train(1, tmp_path / "one")
+    assert len(alone[0]) == STEPS
+    layouts = [(2, {"sync.collective": "tree", "sync.bucket_mib": 0.05}), (2, {"sync.collective": "shared"}),
+               (3, {"sync.bucket_mib": 64}), (4, {"sync.collective": "shared", "sync.bucket_mib": 0.1})]
+    for number, (ranks, options) in enumerate(layouts):
+        assert train(ranks, tmp_path / str(number), **options) == alone, (ranks, options)
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stopping_and_resuming_on_other_ranks_gives_the_same_bits(train, tmp_path, precision):
+    """Three steps on two ranks and the rest on one, then four: the metrics have every step once."""
+    undisturbed = train(2, tmp_path / "whole", **{"run.precision": precision})
+    pieces = tmp_path / "pieces"
+    # The learning rate follows run.steps, so a run that is to go on is stopped by its data instead: by a checkpoint.
+    for ranks in (2, 1, 4):
+        train(ranks, pieces, **{"run.precision": precision})
+        newest = sorted((pieces / "checkpoints").iterdir())[-1]
+        for path in newest.iterdir():
+            path.unlink()
+        newest.rmdir()
+    assert train(1, pieces, **{"run.precision": precision}) == undisturbed

@@ -1,0 +1,136 @@
+"""Training steps on any number of ranks against a plain loop in one process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mpilm import assemble, sync
+from mpilm.arithmetic import Arithmetic
+from mpilm.comm import collectives
+from mpilm.config import Config, Data, Model, Optim, Run, Sync
+from mpilm.data.loader import Batch
+from mpilm.launch import session
+from mpilm.log import UserError
+from mpilm.model.gpt import GPT
+from mpilm.optim import learning_rate
+from mpilm.parallel.losses import Losses
+from tests.helpers import everywhere
+
+VOCAB, LENGTH, SEQUENCES, STEPS = 101, 16, 8, 3
+SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are nothing but rounding
+
+
+def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0):
+    """A small model and a step of eight sequences."""
+    return Config(run=Run(steps=STEPS, reproducible=reproducible), model=Model(layers=2, width=64, heads=4, kv_heads=2),
+                  data=Data(sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=micro_batch_size),
+                  optim=Optim(lr=1e-2, warmup_steps=2, clip=clip, eps=SMOOTH),
+                  sync=Sync(collective=collective, bucket_mib=bucket_mib))
+
+
+def windows(step):
+    """[SEQUENCES, LENGTH + 1] tokens of a step, the same on every rank."""
+    return np.random.default_rng(step).integers(0, VOCAB, (SEQUENCES, LENGTH + 1))
+
+
+def plain(config):
+    """The loop that everyone knows: one process, the whole batch at once. Returns (losses, norms, parameters)."""
+    model = GPT(assemble.shape_of(config, VOCAB))
+    model.initialize(seed=config.run.seed)
+    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) is decayed], "weight_decay": decay}
+              for decayed, decay in ((True, config.optim.weight_decay), (False, 0.0))]
+    optimizer = torch.optim.AdamW(groups, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps)
+    losses, norms = [], []
+    for step in range(STEPS):
+        tokens = torch.from_numpy(windows(step))
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or np.inf)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, step, STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def parallel(config, *, precision="fp32"):
+    """The same steps on all ranks. Returns (losses, norms, parameters)."""
+    with session() as world:
+        arithmetic = Arithmetic(precision, False, 1, config.data.micro_batch_size, config.run.reproducible, "", "")
+        core = assemble.build(config, world, assemble.shape_of(config, VOCAB), arithmetic)
+        assemble.restore(core, assemble.shape_of(config, VOCAB), config, None)
+        means, losses, norms = Losses(core.mesh.dp, core.runs), [], []
+        size = config.data.micro_batch_size
+        for step in range(STEPS):
+            tokens = windows(step).reshape(-1, size, LENGTH + 1)[core.slots.start:core.slots.stop]
+            mine = core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
+            core.update.begin(step)
+            core.sync.step(core.update)
+            losses.append(means.mean(mine))
+            norms.append(core.sync.grad_norm)
+        world.comm.Barrier()
+        return losses, norms, {name: p.detach().clone() for name, p in core.model.named_parameters()}
+
+
+def possible(name, comm, *, reproducible):
+    """Whether a collective can do this at this number of ranks."""
+    return not (name == "tree" and comm.size & (comm.size - 1)) and (
+        collectives.get(name).fixed_order or not reproducible)
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+@pytest.mark.parametrize("name", collectives.names())
+def test_three_steps_are_those_of_a_plain_loop(name, reproducible, comm):
+    """Losses, gradient norms and every parameter, for every collective."""
+    if not possible(name, comm, reproducible=reproducible):
+        pytest.skip(f"{name} cannot on {comm.size} ranks")
+    config = configuration(name, reproducible=reproducible)
+    losses, norms, parameters = plain(config)
+    mine = parallel(config)
+    np.testing.assert_allclose(mine[0], losses, rtol=1e-5)
+    np.testing.assert_allclose(mine[1], norms, rtol=1e-4)
+    for parameter, value in parameters.items():
+        torch.testing.assert_close(mine[2][parameter], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=parameter: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_ranks_hold_the_same_bits(precision, comm):
+    """After the steps nobody has drifted, in the fast mode too."""
+    losses, norms, parameters = parallel(configuration(reproducible=False), precision=precision)
+    bits = b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in parameters.values())
+    held = comm.allgather((losses, norms, bits))
+    everywhere(comm, all(other == held[0] for other in held))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_size_of_buckets_does_not_change_bits(precision):
+    """One bucket for everything, or one for each parameter."""
+    runs = [parallel(configuration(bucket_mib=size), precision=precision) for size in (0.01, 0.5, 64.0)]
+    for losses, norms, parameters in runs[1:]:
+        assert (losses, norms) == runs[0][:2]
+        assert all(torch.equal(parameters[name], value) for name, value in runs[0][2].items())
+
+
+def test_bf16_stays_near_fp32():
+    """Half the bits, the same course."""
+    exact, rounded = (parallel(configuration(), precision=precision) for precision in ("fp32", "bf16"))
+    np.testing.assert_allclose(rounded[0], exact[0], rtol=2e-2)
+
+
+def test_more_ranks_than_micro_batches_is_said(comm):
+    """An error with the remedy, on every rank."""
+    config = configuration(micro_batch_size=SEQUENCES, reproducible=False)
+    if comm.size == 1:
+        parallel(config)
+        return
+    with pytest.raises(UserError, match="micro_batch_size"):
+        parallel(config)
+
+
+def test_an_unknown_synchronizer_is_named():
+    """With those there are."""
+    with pytest.raises(UserError, match="allreduce"):
+        sync.get("telepathy")
