@@ -161,10 +161,13 @@ def _greet(world: World, run_dir: str | Path | None) -> None:
         log.warn("this MPI gives no MPI_THREAD_MULTIPLE: nothing can be sent while the backward pass still computes.")
     if run_dir is None:
         return
-    error = None
-    try:
-        log.setup(world.rank, run_dir)
-    except OSError as caught:
-        error = UserError(f"--run.dir {run_dir}: {caught.strerror}. Name a directory that can be made and written to.")
-    agree(world.comm, error)
+    on_root(world.comm, lambda: _open_log(run_dir))
     log.say(world.table())
+
+
+def _open_log(run_dir: str | Path) -> None:
+    try:
+        log.setup(0, run_dir)
+    except OSError as error:
+        raise UserError(f"--run.dir {run_dir}: {error.strerror}. "
+                        "Name a directory that exists or can be made, and that you may write to.") from None

@@ -40,10 +40,14 @@ from mpi4py import MPI  # noqa: E402
 from tests.helpers import Result, run_nested  # noqa: E402
 
 atexit.register(MPI.Finalize)
+# pytest's own temporary directories: ranks that share a root remove each other's.
+TEMPORARY = tempfile.mkdtemp(prefix="mpilm-pytest-")
+atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
+os.environ["PYTEST_DEBUG_TEMPROOT"] = TEMPORARY
 WORLD = MPI.COMM_WORLD
 BALLOTS = WORLD.Dup()  # never matches a test's own messages
 GRACE_S = float(os.environ.get("MPILM_TEST_GRACE_S", "15"))
-STDERR = pytest.StashKey[int]()
+STDERR, COMM, DIRECTORY = pytest.StashKey[int](), pytest.StashKey[MPI.Comm](), pytest.StashKey[Path]()
 
 # Every rank must draw the same examples; a slow rank must not make one of them fail alone.
 hypothesis.settings.register_profile(
@@ -92,6 +96,23 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     pytest.exit("ranks have different tests, or the same in another order\n" + "\n".join(lines), returncode=3)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Collective parts of fixtures, here where all ranks are: one may fail before it gets to the fixture itself."""
+    if "comm" in item.fixturenames:
+        item.stash[COMM] = WORLD.Dup()
+    if "tmp_path_all" in item.fixturenames:
+        made = tempfile.mkdtemp(prefix="mpilm-test-") if WORLD.rank == 0 else None
+        item.stash[DIRECTORY] = Path(item.stash[COMM].bcast(made))
+
+
+def _clean_up(item: pytest.Item) -> None:
+    if WORLD.rank == 0 and DIRECTORY in item.stash:
+        shutil.rmtree(item.stash[DIRECTORY], ignore_errors=True)
+    if COMM in item.stash:
+        item.stash[COMM].Free()
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """The vote: the report of every rank becomes that of all."""
@@ -100,6 +121,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ballots = _vote(item.config, ballot, failed=report.failed)
     if len({name for name, _, _ in ballots}) > 1:
         _abort(item.config, f"ranks are at different tests: {[name for name, _, _ in ballots]}")
+    if call.when == "teardown":
+        _clean_up(item)
     outcomes = {outcome for _, outcome, _ in ballots}
     if outcomes == {"failed"} and len({words for _, _, words in ballots}) == 1:
         return report  # type: ignore[return-value]
@@ -146,22 +169,15 @@ def _abort(config: pytest.Config, text: str) -> None:
 
 
 @pytest.fixture
-def comm() -> Iterator[MPI.Comm]:
+def comm(request: pytest.FixtureRequest) -> MPI.Comm:
     """A communicator over all ranks, for this test alone."""
-    duplicate = WORLD.Dup()
-    yield duplicate
-    duplicate.Free()
+    return request.node.stash[COMM]
 
 
 @pytest.fixture
-def tmp_path_all() -> Iterator[Path]:
+def tmp_path_all(request: pytest.FixtureRequest, comm: MPI.Comm) -> Path:
     """One directory that all ranks see; made by rank 0 and removed in the end."""
-    made = tempfile.mkdtemp(prefix="mpilm-test-") if WORLD.rank == 0 else None
-    path = Path(BALLOTS.bcast(made))
-    yield path
-    BALLOTS.Barrier()
-    if WORLD.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)
+    return request.node.stash[DIRECTORY]
 
 
 @pytest.fixture
@@ -186,7 +202,7 @@ def watch(pytestconfig: pytest.Config) -> Callable[[float], contextlib.AbstractC
 
 
 @pytest.fixture
-def run_mpi() -> Callable[..., Result]:
+def run_mpi(comm: MPI.Comm) -> Callable[..., Result]:
     """`run_mpi(2, ["-m", "mpilm.train", ...], env={}, timeout=120)` -> Result(rc, stdout, stderr).
 
     A real mpirun, started by rank 0 of the test; the other ranks sleep until it is over. See `helpers.run_nested`.
@@ -199,10 +215,10 @@ def run_mpi() -> Callable[..., Result]:
                 outcome = run_nested(n, args, **options)
             except AssertionError as error:
                 outcome = error
-        gate = BALLOTS.Ibarrier()
+        gate = comm.Ibarrier()
         while not gate.Test():
             time.sleep(0.02)
-        outcome = BALLOTS.bcast(outcome)
+        outcome = comm.bcast(outcome)
         if isinstance(outcome, AssertionError):
             raise outcome
         assert outcome is not None

@@ -1,0 +1,238 @@
+"""Programs under a real mpirun: how they start, how any failure on any rank ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpilm import placement
+from mpilm.launch import session
+from mpilm.log import UserError, say
+from tests.helpers import Result, clean_environment, mpirun, run_nested
+
+serial = pytest.mark.serial
+
+PROGRAM = """
+import os, signal, sys, threading, time
+from mpilm.launch import agree, command, on_root, session
+from mpilm.log import UserError, say, warn
+
+mode, directory = sys.argv[1:]
+
+def loader():
+    raise ValueError("the loader broke")
+
+def main():
+    if mode == "before":
+        raise UserError("--model.width 7: give an even number.")
+    with session(run_dir=directory) as world:
+        last = world.rank == world.size - 1
+        if mode == "well":
+            own = world.dup("mine")
+            say(f"sum {own.allreduce(world.rank + 1)} threads {os.environ['OMP_NUM_THREADS']} {world.threads}")
+            warn("careful")
+        if mode == "mistake everywhere":
+            raise UserError("--data.path x: there is no such folder.")
+        if mode == "mistake" and last:
+            raise UserError("only I see it")
+        if mode == "bug" and last:
+            raise ValueError("a bug")
+        if mode == "bug on root":
+            on_root(world.comm, lambda: 1 // 0)
+        if mode == "disk" and last:
+            agree(world.comm, OSError(28, "No space left on device"))
+        if mode == "disk":
+            agree(world.comm, None)
+        if mode == "exit" and last:
+            sys.exit(7)
+        if mode == "exit well":
+            sys.exit(0)
+        if mode == "thread" and last:
+            threading.Thread(target=loader, name="loader").start()
+        if mode == "interrupt" and last:
+            os.kill(os.getpid(), signal.SIGINT)
+        if mode == "interrupt everywhere":
+            os.kill(os.getpid(), signal.SIGINT)
+        if mode == "crash" and last:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if mode == "slow":
+            say("ready")
+        if mode in ("thread", "slow"):
+            time.sleep(60)
+        world.comm.Barrier()
+        say("all through")
+
+command(main)
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Runs PROGRAM in one of its modes."""
+    file = tmp_path / "program.py"
+    file.write_text(PROGRAM)
+
+    def run(mode: str, *, n: int = 2, **options) -> Result:
+        return run_nested(n, [str(file), mode, str(tmp_path / "run")], timeout=60, **options)
+
+    run.run_dir, run.file = tmp_path / "run", file
+    return run
+
+
+@serial
+@pytest.mark.parametrize("n", [0, 2, 8])
+def test_all_well(program, n):
+    result = program("well", n=n)
+    size = max(n, 1)
+    assert result.rc == 0, result
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["rank", "host", "device", "cores", "threads", "memory"]
+    assert [line.split()[0] for line in lines[1:size + 1]] == [str(rank) for rank in range(size)]
+    threads = max(1, len(placement.cores()) // size)
+    assert lines[size + 1:] == [f"sum {size * (size + 1) // 2} threads {threads} {threads}", "all through"]
+    assert "warning: careful" in result.stderr
+    assert "all through" in (program.run_dir / "log.txt").read_text()
+
+
+@serial
+def test_threads_the_user_asked_for(program):
+    assert "threads 3 3" in program("well", n=2, env={"OMP_NUM_THREADS": "3"}).stdout
+
+
+@serial
+@pytest.mark.parametrize(("mode", "rc", "told"), [
+    ("before", 2, "error: --model.width 7: give an even number."),
+    ("mistake everywhere", 2, "error: --data.path x: there is no such folder."),
+    ("mistake", 2, "[rank 1 on {host}] error: only I see it"),
+    ("disk", 2, "error: rank 1: OSError: [Errno 28] No space left on device"),
+    ("interrupt", 130, "[rank 1 on {host}] interrupted"),
+    ("interrupt everywhere", 130, "interrupted"),
+    ("exit", 7, "[rank 1 on {host}] exits with 7"),
+])
+def test_what_a_user_did_is_told_once_without_traceback(program, mode, rc, told):
+    result = program(mode)
+    assert result.rc == rc, result
+    assert result.stderr.count(told.format(host=os.uname().nodename)) == 1, result
+    assert "Traceback" not in result.stderr
+    assert "all through" not in result.stdout
+
+
+@serial
+@pytest.mark.parametrize(("mode", "rank", "told"), [
+    ("bug", 1, "ValueError: a bug"),
+    ("bug on root", 0, "ZeroDivisionError"),
+    ("thread", 1, "ValueError: the loader broke"),
+])
+def test_a_bug_ends_the_job_with_the_ranks_traceback_first(program, mode, rank, told):
+    started = time.monotonic()
+    result = program(mode)
+    assert result.rc == 1, result
+    assert result.stderr.lstrip().startswith(f"[rank {rank} on {os.uname().nodename}]")
+    assert result.stderr.count("Traceback") == 1
+    assert told in result.stderr
+    assert "all through" not in result.stdout
+    assert time.monotonic() - started < 30
+
+
+@serial
+def test_a_crash_shows_where_python_was(program):
+    result = program("crash")
+    assert result.rc != 0
+    assert "program.py" in result.stderr
+
+
+@serial
+def test_exit_zero_is_no_failure(program):
+    assert program("exit well").rc == 0
+
+
+@serial
+@pytest.mark.parametrize("mode", ["mistake everywhere", "interrupt"])
+def test_one_rank_without_mpirun(program, mode):
+    result = program(mode, n=0)
+    assert result.rc == {"mistake everywhere": 2, "interrupt": 130}[mode]
+    assert len(result.stderr.splitlines()) == 1
+
+
+@serial
+def test_run_directory_that_cannot_be(program, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    result = program("well")
+    assert result.rc == 2
+    assert result.stderr.count(f"error: --run.dir {tmp_path / 'run'}: File exists") == 1
+
+
+@serial
+def test_ctrl_c(program):
+    """A terminal sends SIGINT to the launcher; nothing stays behind."""
+    command = [mpirun(), "-np", "2", sys.executable, str(program.file), "slow", str(program.run_dir)]
+    process = subprocess.Popen(command, env=clean_environment(), text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    while "ready" not in process.stdout.readline():
+        pass
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) != 0
+    process.communicate()
+    assert not _running(str(program.file))
+
+
+def _running(name: str) -> list[str]:
+    """Command lines of processes that have `name` among their arguments."""
+    time.sleep(1)
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(file.read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return [line for line in lines if name in line]
+
+
+@serial
+@pytest.mark.parametrize(("variables", "told"), [
+    ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, "srun started 4 processes"),
+    ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "--mpi=pmix"),
+])
+def test_ranks_that_believe_they_are_alone_are_refused(program, variables, told):
+    result = program("well", n=0, env=variables)
+    assert result.rc == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "all through" not in result.stdout
+
+
+@serial
+def test_a_batch_shell_is_not_refused(program):
+    assert program("well", n=0, env={"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}).rc == 0
+
+
+@serial
+def test_another_mpis_mpirun_is_refused(program):
+    """MPILM_OTHER_MPIRUN: the mpirun of an MPI that is not this environment's."""
+    other = os.environ.get("MPILM_OTHER_MPIRUN", "")
+    if not other:
+        pytest.skip("only one MPI here")
+    result = program("well", launcher=[other])
+    assert result.rc == 2, result
+    assert "and they cannot talk to each other" in result.stderr
+    assert f"{sys.prefix}/bin/mpirun" in result.stderr
+    assert "all through" not in result.stdout
+
+
+def test_a_session_inside_a_running_program(comm, tmp_path_all, capsys):
+    with session(run_dir=tmp_path_all / "run") as world:
+        assert (world.rank, world.size) == (comm.rank, comm.size)
+        assert world.local_size <= world.size
+        assert world.threads >= 1
+        assert world.dup("test").allreduce(1) == world.size
+        say("told once")
+    assert comm.allreduce(capsys.readouterr().out.count("told once")) == 1
+    with pytest.raises(UserError, match="mine"), session():
+        raise UserError("mine")

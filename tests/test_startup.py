@@ -1,0 +1,67 @@
+"""What happens before MPI_Init: launchers and libraries that do not match, GPUs, malloc, and `--help` without MPI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpilm import placement, startup
+from tests.helpers import REPOSITORY, run_nested
+
+serial = pytest.mark.serial
+PROBE = """
+import os, sys
+from mpilm.startup import tune_malloc
+print("pid", os.getpid(), flush=True)
+tune_malloc()
+print(os.environ["GLIBC_TUNABLES"], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("environ", "vendor", "expected"), [
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "MPICH", True),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "MPIR_CVAR_PMI_VERSION": "x"}, "MPICH", False),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI", False),
+    ({"PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}, "Open MPI", True),
+    ({"PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "PMIX_NAMESPACE": "job"}, "Open MPI", False),
+    ({"PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}, "MPICH", False),
+    ({"PMI_SIZE": "2"}, "Open MPI", False),
+    ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "Open MPI", False),
+])
+def test_launchers_and_libraries_that_cannot_work_together(environ, vendor, expected):
+    launcher = placement.launcher(environ)
+    assert launcher is not None
+    assert startup._strangers(launcher, vendor, environ) is expected
+
+
+@serial
+def test_no_gpu_here_is_the_cpu():
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a GPU")
+    assert startup.choose_gpu(0) == "cpu"
+
+
+@serial
+def test_malloc_is_tuned_once_and_can_be_declined(tmp_path):
+    package = tmp_path / "data_prep"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "probe.py").write_text(PROBE)
+    path = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    result = run_nested(0, ["-m", "data_prep.probe", "a b"], cwd=tmp_path, env=path)
+    lines = result.stdout.splitlines()
+    assert lines[0] == lines[1], "a new pid, which the launcher does not know"
+    assert lines[2:] == [f"{startup.MALLOC} ['a b']"]
+    declined = run_nested(0, ["-m", "data_prep.probe"], cwd=tmp_path, env=path | {"GLIBC_TUNABLES": ""})
+    assert declined.stdout.splitlines()[1:] == [" []"]
+
+
+@serial
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "inspect", "bench"])
+def test_help_needs_nothing_heavy(name):
+    result = run_nested(0, ["-X", "importtime", "-m", f"mpilm.{name}", "--help"])
+    assert result.rc == 0, result
+    assert "usage:" in result.stdout
+    modules = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert not modules & {"torch", "numpy", "mpi4py.MPI", "h5py", "tokenizers", "tensorboard"}
