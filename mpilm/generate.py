@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,12 +69,20 @@ def continuation(model: GPT, prompt: list[int], *, num_tokens: int, context: int
 
     draw = np.random.default_rng(seed)
     tokens = list(prompt)
-    # A sequence that grows by a token would make torch.compile specialize again and again.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), _uncompiled():
         for _ in range(num_tokens):
             logits = model(torch.tensor([tokens[-context:]]))[0, -1].double()
             tokens.append(_pick(logits.numpy(), temperature, draw))
     return tokens[len(prompt):]
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """A sequence that grows by a token would make torch.compile specialize again and again."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()  # nothing is compiled, and importing the compiler takes seconds
+    import torch
+
+    return torch.compiler.set_stance("force_eager")
 
 
 def _pick(logits: np.ndarray, temperature: float, draw: np.random.Generator) -> int:
