@@ -2,8 +2,8 @@
 
     seconds = interleaved(comm, {"ring": lambda: ring.allreduce(a), "mpi": lambda: mpi.allreduce(b)}, rounds=9)
 
-A round runs every contender once, in an order that rotates from round to round. Its time is that of the slowest rank, from
-a barrier on. Reported are medians over the rounds; the first rounds warm up and do not count.
+A round runs every contender once, in an order that rotates from round to round. Its time is that of the slowest rank,
+from a barrier on. Reported are medians over the rounds; the first rounds warm up and do not count.
 """
 
 from __future__ import annotations

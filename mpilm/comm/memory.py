@@ -8,8 +8,8 @@ Ways, tried in this order until one works on all ranks:
 - a folder, such as "/dev/shm": a file there, for nodes whose ranks cannot see each other in /proc (a container each).
   It is unlinked as soon as all have mapped it.
 
-Space is reserved before it is used, every rank its own share (which also puts the pages on the rank's own NUMA node), so that
-too little is an error here and not a SIGBUS later.
+Space is reserved before it is used, every rank its own share (which also puts the pages on the rank's own NUMA node),
+so that too little is an error here and not a SIGBUS later.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Two decisions carry the promise of the same bits on any layout.
 
-Slots: the micro-batches of a step are slots 0 .. S-1, S a power of two in reproducible mode. A rank owns a contiguous run of
-them, found by halving slots and ranks together, so what a rank sums is a whole subtree of the one binary tree over slots:
+Slots: the micro-batches of a step are slots 0 .. S-1, S a power of two in reproducible mode. A rank owns a contiguous
+run of them, found by halving slots and ranks together, so what a rank sums is a whole subtree of the one binary tree
+over slots:
 
     slots        0 1 2 3 | 4 5 | 6 7          8 slots, 3 ranks: runs(8, 3) == [0..3], [4..5], [6..7]
     rank              0      1     2
@@ -11,8 +12,8 @@ them, found by halving slots and ranks together, so what a rank sums is a whole 
 
 Ranks then combine in `tree(size)`, the upper part of the same tree. Ranks never enter the arithmetic.
 
-Elements: a reduced buffer is cut into one `segments` slice a rank, at multiples of BLOCK, so that whoever sums over fixed
-blocks of BLOCK elements (the gradient norm) never meets half a block.
+Elements: a reduced buffer is cut into one `segments` slice a rank, at multiples of BLOCK, so that whoever sums over
+fixed blocks of BLOCK elements (the gradient norm) never meets half a block.
 """
 
 from __future__ import annotations

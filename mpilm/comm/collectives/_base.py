@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
@@ -13,8 +14,8 @@ from mpilm.comm.node import Node
 from mpilm.log import UserError
 
 
-class Collective:
-    """A way to sum arrays over the ranks of `comm`. Every method but `free` of an idle one is collective over `comm`.
+class Collective(ABC):
+    """A way to sum arrays over the ranks of `comm`. Every method is collective over `comm`.
 
     Attributes:
         comm: A duplicate of the communicator given, so that nothing else can match its traffic.
@@ -44,6 +45,7 @@ class Collective:
         """A zeroed 1-D buffer where this collective wants gradients to live."""
         return arrays.zeros(count, dtype)
 
+    @abstractmethod
     def allreduce(self, buffer: np.ndarray) -> None:
         """Replace `buffer` by its sum over all ranks, in place; the same bits everywhere.
 
@@ -54,8 +56,6 @@ class Collective:
             TypeError: A buffer that cannot be summed correctly: its dtype, its layout.
             ValueError: Buffers that differ between the ranks.
         """
-        self.check(buffer)
-        self._sum(buffer)
 
     def reduce(self, buffer: np.ndarray) -> None:
         """As allreduce, but only order.segments(count, owners.size)[owners.rank] of `buffer` is then of use."""
@@ -64,9 +64,6 @@ class Collective:
     def free(self) -> None:
         """Give the communicator back. Collective over `comm`."""
         self.comm.Free()
-
-    def _sum(self, buffer: np.ndarray) -> None:
-        raise NotImplementedError
 
     def check(self, buffer: np.ndarray, where: int = 0) -> np.ndarray:
         """Compare (type, length, where) of everyone's buffer. Nobody returns before everyone has come.

@@ -4,7 +4,9 @@ A schedule says for one block what a rank sends and receives at every stage; thi
 Blocks are small enough to stay in the cache between their stages, and they take turns in pairs:
 
     block 0   stage 0           stage 1           ...
-    block 1           stage 0           stage 1   ...      the addition for one block while the other's message is in flight
+    block 1           stage 0           stage 1   ...
+
+One block's addition runs while the other's message is in flight.
 """
 
 from __future__ import annotations

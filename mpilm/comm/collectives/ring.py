@@ -38,7 +38,9 @@ class Ring(Collective):
         super().__init__(comm, node, reproducible=reproducible)
         self._pipeline = over(self.comm)
 
-    def _sum(self, buffer: np.ndarray) -> None:
+    def allreduce(self, buffer: np.ndarray) -> None:
+        """As Collective."""
+        self.check(buffer)
         self._pipeline.run(buffer)
 
 

@@ -1,13 +1,15 @@
 """Recursive halving and doubling: the sum of all ranks in the order of `order.tree`, with the ring's bandwidth.
 
-Stage k of the reduce-scatter: exchange with rank r XOR 2^k. Each keeps one half of what it is responsible for, sends the
-other half and adds what it receives; so halves are summed over neighbours first, then over pairs, then over fours:
+Stage k of the reduce-scatter: exchange with rank r XOR 2^k. Each keeps one half of what it is responsible for, sends
+the other half and adds what it receives; so halves are summed over neighbours first, then over pairs, then over
+fours:
 
     4 ranks:   ((r0 + r1) + (r2 + r3))        the pairs meet at distance 1, the fours at distance 2
 
 After log2(size) stages a rank owns 1/size of the buffer; the same exchanges backwards, received into place, give
-everyone everything. The order of a sum does not depend on which rank makes it (a + b is b + a, bit for bit), nor on where
-the blocks are cut, so `tree` equals `shared` in reproducible mode, and one rank that sums the same subtrees by itself.
+everyone everything. The order of a sum does not depend on which rank makes it (a + b is b + a, bit for bit), nor on
+where the blocks are cut, so `tree` equals `shared` in reproducible mode, and one rank that sums the same subtrees by
+itself.
 
 The number of ranks must be a power of two; there is no such tree over the others without extra traffic.
 """
@@ -44,7 +46,9 @@ class Tree(Collective):
 
         self._pipeline = Pipeline(self.comm, schedule, block_bytes=SEGMENT_BYTES * comm.size, tag=p2p.TAG_TREE)
 
-    def _sum(self, buffer: np.ndarray) -> None:
+    def allreduce(self, buffer: np.ndarray) -> None:
+        """As Collective."""
+        self.check(buffer)
         self._pipeline.run(buffer)
 
 

@@ -1,0 +1,96 @@
+"""Which collective: the one named, or for `auto` the one that is fastest here, by a short measurement.
+
+    collective = build("auto", comm, node, count=bucket, reproducible=True)     # says: "shared: 11.2 GB/s, tree 5.1"
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import numpy as np
+from mpi4py import MPI
+
+from mpilm.comm import collectives
+from mpilm.comm.collectives import Collective
+from mpilm.comm.node import Node, SharedMemoryError
+from mpilm.log import UserError, say, warn
+
+ROUNDS = 5
+LONGEST = 4 * 2**20  # elements measured at most: 16 MiB of float32, past every cache
+FAST = ("shared", "ring", "mpi")
+FIXED_ORDER = ("shared", "tree")
+
+
+def build(name: str, comm: MPI.Comm, node: Node, *, count: int, reproducible: bool = False) -> Collective:
+    """The collective of that name, or the fastest for `auto`; says what it picked. Collective over `comm`.
+
+    Args:
+        name: A file of collectives/, or "auto".
+        comm: The ranks to sum over.
+        node: Built over the same ranks.
+        count: Elements of a bucket of gradients.
+        reproducible: Sums must be in tree order.
+
+    Raises:
+        UserError: It cannot work here; names what can.
+    """
+    if name == "auto":
+        name, seen = measure(comm, node, count, reproducible=reproducible)
+        figures = ", ".join(f"{who} {value:.1f}" for who, value in seen.items())
+        say(f"allreduce: {name} (GB/s over {4 * count / 2**20:.3g} MiB: {figures})")
+    try:
+        return collectives.get(name)(comm, node, reproducible=reproducible)
+    except SharedMemoryError as error:
+        raise UserError(f"{error} Choose --sync.collective auto, tree, ring or mpi.") from None
+
+
+def measure(comm: MPI.Comm, node: Node, count: int, *, reproducible: bool = False) -> tuple[str, dict[str, float]]:
+    """Time an allreduce of `count` float32 by every candidate. Collective over `comm`; the same answer on all ranks.
+
+    Returns:
+        The fastest, and the bus bandwidth of each in GB/s (0 with one rank, where there is no bus).
+
+    Raises:
+        UserError: None works here.
+    """
+    count = max(1, min(count, LONGEST))
+    candidates = _candidates(comm, node, reproducible=reproducible)
+    buffers = {name: candidate.allocate(count, np.float32) for name, candidate in candidates.items()}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(ROUNDS + 1):
+        for name, candidate in candidates.items():
+            seconds = _timed(comm, candidate, buffers[name])
+            if turn:
+                times[name].append(seconds)
+    for candidate in candidates.values():
+        candidate.free()
+    medians = {name: statistics.median(seen) for name, seen in times.items()}
+    fastest = min(medians, key=lambda name: medians[name])
+    moved = 4 * count * 2 * (comm.size - 1) / comm.size / 1e9
+    return fastest, {name: moved / seconds for name, seconds in medians.items()}
+
+
+def _candidates(comm: MPI.Comm, node: Node, *, reproducible: bool) -> dict[str, Collective]:
+    """Everything that `auto` may pick and that works on these ranks."""
+    built: dict[str, Collective] = {}
+    reasons = []
+    for name in FIXED_ORDER if reproducible else FAST:
+        try:
+            built[name] = collectives.get(name)(comm, node, reproducible=reproducible)
+        except SharedMemoryError as error:
+            warn(f"{error} The collective `shared` is left out.")
+            reasons.append(str(error))
+        except UserError as error:
+            reasons.append(str(error))
+    if not built:
+        raise UserError("No collective can sum in a fixed order here. " + " ".join(reasons))
+    return built
+
+
+def _timed(comm: MPI.Comm, candidate: Collective, buffer: np.ndarray) -> float:
+    """Seconds of one allreduce, of the slowest rank."""
+    comm.Barrier()
+    start = time.perf_counter()
+    candidate.allreduce(buffer)
+    return float(comm.allreduce(time.perf_counter() - start, op=MPI.MAX))

@@ -1,0 +1,196 @@
+"""Sums in memory that the ranks of a node share: nothing is sent inside a node.
+
+Every rank's buffer is a part of one block that all ranks of the node have mapped. Rank r of the node owns slice r of
+every part:
+
+                 slice 0     slice 1
+    part 0      [ . . . . | . . . . ]      owned by the node's rank 0 and rank 1
+    part 1      [ . . . . | . . . . ]
+
+    1. barrier: everyone's values are written
+    2. rank r: parts[r][slice r] = sum of all parts[..][slice r], in the order of order.tree, in cache-sized chunks
+    3. between nodes: the ranks that own the same slice sum it, by a ring or, in reproducible mode, in tree order
+    4. allreduce: parts[..][slice r] = that sum, while it is in the cache
+    5. barrier: everyone's slices are complete
+
+A rank reads its slice of every part and writes it: as much memory traffic as a plain copy of the buffer. `reduce`
+leaves out 4. Nobody but rank r touches slice r between the barriers, so sums are made in place.
+
+A buffer that `allocate` did not make goes through a scratch area of bounded size: copy in, sum, copy out, three
+chunks under way at a time. Nodes of different sizes: as many ranks of a node work as the smallest node has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from mpilm.comm import arrays, order, p2p
+from mpilm.comm.collectives import ring
+from mpilm.comm.collectives._across import Across
+from mpilm.comm.collectives._base import Collective
+from mpilm.comm.collectives._local import CHUNK_BYTES, LocalSum
+from mpilm.comm.node import Node, SharedMemoryError
+from mpilm.log import UserError, warn
+
+PIECE_BYTES = 4 * 2**20  # summed between nodes at a time
+STAGE_BYTES = 512 * 2**10  # of a foreign buffer at a time; six of them fit in the last-level cache of a core or two
+
+
+class Shared(Collective):
+    """Sums in node-shared memory, for any number of ranks, nodes and elements.
+
+    Attributes:
+        owners: The ranks of my node: each holds one slice of a reduced buffer.
+    """
+
+    fixed_order = True
+
+    def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False) -> None:
+        """As Collective.
+
+        Raises:
+            SharedMemoryError: On all ranks of `comm`: a node cannot even share the scratch area.
+            UserError: Reproducible mode, and the ranks are not dealt to the nodes in contiguous runs.
+        """
+        super().__init__(comm, node, reproducible=reproducible)
+        self.owners = node.comm
+        self._local = node.comm.Dup()
+        self._peers = node.peers.Dup()
+        self._workers = min(len(ranks) for ranks in node.members)
+        self._plan(comm.size, reproducible=reproducible)
+        self._allocations: list[list[np.ndarray]] = []
+        self._stages = self._agreed(3 * STAGE_BYTES, np.uint8)
+
+    def _plan(self, size: int, *, reproducible: bool) -> None:
+        """Fix the order of all sums: inside the node, then between nodes."""
+        members = self.node.members
+        if reproducible and [rank for ranks in members for rank in ranks] != list(range(size)):
+            raise UserError(
+                "Reproducible mode with --sync.collective shared needs the ranks of a node to be consecutive. "
+                "Start with mpirun --map-by slot (srun --distribution=block), or type --sync.collective tree."
+            )
+        firsts = [ranks[0] if reproducible else 0 for ranks in members]
+        leaves = [
+            order.partials(size, first, first + len(ranks)) if reproducible else [range(len(ranks))]
+            for first, ranks in zip(firsts, members, strict=True)
+        ]
+        here = self.node.index
+        self._sum_local = LocalSum(leaves[here], first=firsts[here], mine=self._local.rank)
+        self._across = Across(self._peers, leaves, size) if reproducible else None
+        self._ring = ring.over(self._peers)
+
+    def allocate(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
+        """My part of node-shared memory, zeroed; ordinary memory, said so, where a node cannot share so much."""
+        try:
+            parts = self._agreed(count, dtype)
+        except SharedMemoryError as error:
+            warn(f"{error} Gradients go through a scratch area instead, which is slower.")
+            return arrays.zeros(count, dtype)
+        self._allocations.append(parts)
+        return parts[self._local.rank]
+
+    def allreduce(self, buffer: np.ndarray) -> None:
+        """As Collective."""
+        self._run(buffer, everywhere=True)
+
+    def reduce(self, buffer: np.ndarray) -> None:
+        """As Collective; rank r of the node holds order.segments(count, node.comm.size)[r] of the sum."""
+        self._run(buffer, everywhere=False)
+
+    def free(self) -> None:
+        """Give communicators and memory back. Collective over `comm`."""
+        self._allocations.clear()
+        self._peers.Free()
+        self._local.Free()
+        super().free()
+
+
+    def _run(self, buffer: np.ndarray, *, everywhere: bool) -> None:
+        parts, where = self._find(buffer)
+        places = self.check(buffer, where)
+        if where < 0 or (places != where).any():
+            self._through_stages(buffer)
+            return
+        self._sum_parts(parts, everywhere=everywhere)
+        p2p.barrier(self._local)
+        if not everywhere and self._workers != self._local.size:
+            self._pull(parts, buffer, order.segments(len(buffer), self._local.size)[self._local.rank])
+            p2p.barrier(self._local)
+
+    def _find(self, buffer: np.ndarray) -> tuple[list[np.ndarray], int]:
+        """The same stretch of every rank's part, and its place, if `buffer` lies in an allocation; else -1."""
+        if arrays.code(buffer) < 0:
+            return [], -1
+        place = 0
+        for parts in self._allocations:
+            mine = parts[self._local.rank]
+            start = arrays.address(buffer) - arrays.address(mine)
+            if start >= 0 and start + buffer.nbytes <= mine.nbytes and len(buffer):
+                stretch = slice(start, start + buffer.nbytes)
+                return [part.view(np.uint8)[stretch].view(buffer.dtype) for part in parts], place + start
+            place += mine.nbytes
+        return [], -1
+
+    def _sum_parts(self, parts: Sequence[np.ndarray], *, everywhere: bool) -> None:
+        """Sum my slice of all parts over all nodes into my part, or into everyone's (`everywhere`)."""
+        if self._local.rank >= self._workers:
+            return
+        mine, itemsize = parts[self._local.rank], parts[0].itemsize
+        piece_bytes = PIECE_BYTES if self.node.num_nodes > 1 else CHUNK_BYTES
+        own = order.segments(len(mine), self._workers)[self._local.rank]
+        for piece in arrays.chunks(own.start, own.stop, piece_bytes // itemsize):
+            for chunk in arrays.chunks(piece.start, piece.stop, CHUNK_BYTES // itemsize):
+                self._sum_local.sum(parts, chunk)
+            self._sum_nodes([parts[place][piece] for place in self._sum_local.places], mine[piece])
+            for part in parts if everywhere else ():
+                if part is not mine:
+                    part[piece] = mine[piece]
+
+    def _sum_nodes(self, values: Sequence[np.ndarray], out: np.ndarray) -> None:
+        """Sum this node's values over the nodes into `out`."""
+        if self._across:
+            self._across.sum(values, out)
+        else:
+            self._ring.run(out)
+
+    def _pull(self, parts: Sequence[np.ndarray], out: np.ndarray, wanted: slice) -> None:
+        """Copy the `wanted` elements of the sum from the parts of the ranks that made it."""
+        for part, cut in zip(parts, order.segments(len(out), self._workers), strict=False):
+            both = slice(max(cut.start, wanted.start), min(cut.stop, wanted.stop))
+            if both.start < both.stop:
+                out[both] = part[both]
+
+    def _through_stages(self, buffer: np.ndarray) -> None:
+        """Sum any buffer through the scratch area: at tick t chunk t goes in, t-1 is summed, t-2 comes out."""
+        chunks = list(arrays.chunks(0, len(buffer), STAGE_BYTES // buffer.itemsize))
+        for tick in range(len(chunks) + 2):
+            if tick < len(chunks):
+                self._stage(buffer, chunks[tick], tick)[self._local.rank][:] = buffer[chunks[tick]]
+            if 1 <= tick <= len(chunks):
+                self._sum_parts(self._stage(buffer, chunks[tick - 1], tick - 1), everywhere=False)
+            if tick >= 2:
+                out = buffer[chunks[tick - 2]]
+                self._pull(self._stage(buffer, chunks[tick - 2], tick - 2), out, slice(0, len(out)))
+            p2p.barrier(self._local)
+
+    def _stage(self, buffer: np.ndarray, chunk: slice, turn: int) -> list[np.ndarray]:
+        """Everyone's part of the third of the scratch area that this turn uses."""
+        start = turn % 3 * STAGE_BYTES
+        stretch = slice(start, start + (chunk.stop - chunk.start) * buffer.itemsize)
+        return [part[stretch].view(buffer.dtype) for part in self._stages]
+
+    def _agreed(self, count: int, dtype: npt.DTypeLike) -> list[np.ndarray]:
+        """Memory on all nodes or on none. Raises SharedMemoryError on all ranks of `comm`."""
+        parts, problem = [], ""
+        try:
+            parts = self.node.allocate(count, dtype)
+        except SharedMemoryError as error:
+            problem = str(error)
+        problems = [text for text in self.comm.allgather(problem) if text]
+        if problems:
+            raise SharedMemoryError(problems[0])
+        return parts
