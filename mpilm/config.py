@@ -232,7 +232,7 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.tra
     try:
         values = parser.parse_args(argv)
         values.pop("config", None)
-        config: Config = Config(**vars(parser.instantiate_classes(values)))
+        config: Config = Config(**vars(parser.instantiate(values)))
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{_readable(error)}\n  {prog} --help lists what is allowed.") from None
     check(config)

@@ -134,3 +134,24 @@ def test_an_unknown_synchronizer_is_named():
     """With those there are."""
     with pytest.raises(UserError, match="allreduce"):
         sync.get("telepathy")
+
+
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(comm):
+    """Nothing changes anywhere, it is counted, and the next step is made."""
+    config = configuration(reproducible=False)
+    with session() as world:
+        arithmetic = Arithmetic("fp32", False, 1, 1, False, "", "")
+        core = assemble.build(config, world, assemble.shape_of(config, VOCAB), arithmetic)
+        assemble.restore(core, assemble.shape_of(config, VOCAB), config, None)
+        before = core.model.norm.weight.detach().clone()
+        poison = core.model.norm.weight.register_hook(lambda g: g * np.nan) if comm.rank == comm.size - 1 else None
+        for step, expected in enumerate([(0, 1), (1, 1)]):
+            tokens = windows(step).reshape(-1, 1, LENGTH + 1)[core.slots.start:core.slots.stop]
+            core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
+            core.update.begin(step)
+            core.sync.step(core.update)
+            everywhere(comm, (core.update.applied, core.update.skipped) == expected)
+            everywhere(comm, torch.equal(core.model.norm.weight, before) == (step == 0))
+            if poison:
+                poison.remove()
+        world.comm.Barrier()

@@ -1,0 +1,115 @@
+"""Garbage in: the culprit by name, exit code 2 on all ranks, no traceback, no hang."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mpilm import config
+from mpilm.log import UserError
+from tests import datasets
+
+OPTIONS = {"run.compile": "off", "run.steps": 2, "data.sequence_length": 32, "data.global_batch_size": 8,
+           "data.micro_batch_size": 2, "model.layers": 1, "model.width": 32, "model.heads": 2, "log.tensorboard": "false"}
+OPTION_NAMES = [f"{section}.{key}" for section, values in config.Config().to_dict().items() for key in values]
+
+
+@given(st.sampled_from(OPTION_NAMES), st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=12))
+@example("run.steps", "-1")
+@example("model.heads", "0")
+@example("optim.lr", "nan")
+@example("sync.bucket_mib", "inf")
+@example("data.micro_batch_size", "3")
+def test_any_text_for_any_option_is_taken_or_refused(option, text):
+    """Nothing but a configuration or an error that tells."""
+    try:
+        config.check(config.parse([f"--{option}={text}"]))
+    except UserError as error:
+        assert str(error)
+
+
+@given(st.binary(max_size=60))
+@example(b"[run]\nsteps = 'many'\n")
+@example(b"[run]\nsteps = 3.5\n")
+@example(b"[nonsense]\nx = 1\n")
+@example(b"run = 3\n")
+def test_any_file_for_a_configuration_is_taken_or_refused(tmp_path, content):
+    """TOML or not."""
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    try:
+        config.parse(["--config", str(path)])
+    except UserError as error:
+        assert str(error)
+
+
+def test_a_configuration_survives_its_own_text(tmp_path):
+    """What is written into the run directory reads back equal."""
+    given_config = config.parse(["--run.dir", 'a "strange"\\name', "--optim.lr", "1e-5", "--sync.bucket_mib", "2"])
+    path = tmp_path / "run.toml"
+    path.write_text(given_config.to_toml())
+    assert config.parse(["--config", str(path)]) == given_config
+
+
+@pytest.mark.parametrize(("argv", "named"), [
+    (["--run.stepz", "3"], "run.stepz"),
+    (["--model.heads", "5"], "model.heads 5"),
+    (["--data.global_batch_size", "10", "--data.micro_batch_size", "4"], "micro_batch_size 4"),
+    (["--config", "nowhere.toml"], "nowhere.toml"),
+])
+def test_the_culprit_is_named(argv, named):
+    """What was given is in the message."""
+    with pytest.raises(UserError, match=named):
+        config.parse(argv)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small dataset."""
+    return datasets.small(tmp_path_factory.mktemp("data"))
+
+
+def attempt(run_mpi, data, directory, **changes):
+    """Start training on two ranks."""
+    options = OPTIONS | {"data.path": data, "run.dir": directory} | changes
+    return run_mpi(2, ["-m", "mpilm.train", *(text for key, value in options.items() for text in (f"--{key}", str(value)))])
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"data.path": "nowhere"}, "nowhere"),
+    ({"data.micro_batch_size": 8}, "micro-batches"),
+    ({"model.vocab_size": 100}, "model.vocab_size 100"),
+    ({"sync.collective": "pigeon"}, "pigeon"),
+    ({"run.resume": "nowhere"}, "nowhere"),
+    ({"run.dir": "/dev/null/run"}, "/dev/null"),
+    ({"parallel.tp": 2}, "parallel.tp 2"),
+    ({"optim.lr": 1e30, "optim.warmup_steps": 0, "run.steps": 30, "run.max_skipped": 3}, "3 times in a row"),
+])
+def test_a_job_that_cannot_work_says_why_and_ends(run_mpi, data, tmp_path, changes, named):
+    """On all ranks, once, without a traceback."""
+    result = attempt(run_mpi, data, tmp_path / "run", **changes)
+    said = result.stdout + result.stderr
+    assert result.rc == 2, said
+    assert named in said and "Traceback" not in said, said
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_refused(run_mpi, data, tmp_path):
+    """Another model, other data: every difference is named; `never` puts the old ones aside."""
+    run = tmp_path / "run"
+    assert attempt(run_mpi, data, run).rc == 0
+    for changes, named in [({"model.width": 64}, "width"), ({"data.path": datasets.small(tmp_path / "b")}, None),
+                           ({"run.seed": 9}, "run.seed")]:
+        result = attempt(run_mpi, data, run, **{"run.steps": 4} | changes)
+        if named:
+            assert result.rc == 2 and named in result.stderr and "Traceback" not in result.stderr, result.stderr
+        else:
+            assert result.rc == 0, "the same data in another place is the same data"
+    assert attempt(run_mpi, data, run, **{"run.seed": 9, "run.resume": "never"}).rc == 0
+    assert (run / "checkpoints.old-1").is_dir()
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
