@@ -7,12 +7,12 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mpilm import launch
 from mpilm.log import UserError, say
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mpilm.model.gpt import GPT
 
 
@@ -65,6 +65,7 @@ def continuation(model: GPT, prompt: list[int], *, num_tokens: int, context: int
         context: The model sees so many of the last tokens.
         temperature: 0 takes the most likely token; 1 draws from the model's distribution.
     """
+    import numpy as np
     import torch
 
     draw = np.random.default_rng(seed)
@@ -88,5 +89,11 @@ def _uncompiled() -> AbstractContextManager[Any]:
 def _pick(logits: np.ndarray, temperature: float, draw: np.random.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
+    import numpy as np
+
     weights = np.exp((logits - logits.max()) / temperature)
     return int(draw.choice(len(weights), p=weights / weights.sum()))
+
+
+if __name__ == "__main__":
+    launch.command(main)
