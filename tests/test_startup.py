@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mpilm import placement, startup
-from tests.helpers import REPOSITORY, run_nested
+from tests.helpers import REPOSITORY, clean_environment, run_nested
 
 serial = pytest.mark.serial
 PROBE = """
@@ -55,6 +57,22 @@ def test_malloc_is_tuned_once_and_can_be_declined(tmp_path):
     assert lines[2:] == [f"{startup.MALLOC} ['a b']"]
     declined = run_nested(0, ["-m", "data_prep.probe"], cwd=tmp_path, env=path | {"GLIBC_TUNABLES": ""})
     assert declined.stdout.splitlines()[1:] == [" []"]
+
+
+@serial
+def test_no_mpi_library(tmp_path):
+    """An environment that sees our packages, mpi4py among them, but holds no MPI."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    packages = next((tmp_path / "lib").glob("python*/site-packages"))
+    (packages / "ours.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    program = "from mpilm.launch import session\nwith session(): pass"
+    result = subprocess.run([tmp_path / "bin" / "python", "-c", program],
+                            env=clean_environment(), capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        pytest.skip("the system has an MPI of its own")
+    assert result.returncode == 2
+    assert "error: there is no MPI for this Python" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @serial
