@@ -9,6 +9,7 @@ import pkgutil
 from types import ModuleType
 
 from mpilm import bench
+from mpilm.bench._options import OPTIONS
 from mpilm.bench.table import Table
 from mpilm.launch import session
 from mpilm.log import UserError, say
@@ -33,25 +34,33 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"mpilm.bench.{name}")
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mpilm.bench", description=__doc__)
+    benches = parser.add_subparsers(dest="name", required=True, metavar="|".join(names()))
+    for name in names():
+        bench_parser = benches.add_parser(name)
+        bench_parser.add_argument("--json", action="store_true", help="an object a line instead of a table")
+        OPTIONS.get(name, lambda _: None)(bench_parser)
+    return parser
+
+
 def main() -> None:
     """Parse the command line, run one benchmark on all ranks, print on rank 0."""
-    parser = argparse.ArgumentParser(prog="python -m mpilm.bench", description=__doc__)
-    parser.add_argument("name", metavar="|".join(names()), help="which benchmark")
-    parser.add_argument("--json", action="store_true", help="an object a line instead of a table")
-    options = parser.parse_args()
+    own = vars(_parser().parse_args())
+    name, as_json = own.pop("name"), own.pop("json")
     with session() as world:
-        module = get(options.name)
-        table = Table(options.name, ours=module.OURS)
+        module = get(name)
+        table = Table(name, ours=module.OURS)
 
         def emit(case: str, who: str, value: float, unit: str) -> None:
             table.add(case, who, value, unit)
-            if options.json:
-                line = {"bench": options.name, "case": case, "who": who, "value": round(value, 4), "unit": unit}
+            if as_json:
+                line = {"bench": name, "case": case, "who": who, "value": round(value, 4), "unit": unit}
                 say(json.dumps(line))
 
-        module.run(world.comm, emit)
-        if not options.json:
-            say(table.text())
+        text = module.run(world.comm, emit, **own)
+        if not as_json:
+            say(text or table.text())
 
 
 if __name__ == "__main__":

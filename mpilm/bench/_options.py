@@ -1,0 +1,30 @@
+"""Command lines of the benchmarks that take more than --json: a function each, by the benchmark's name.
+
+They are declared here, not beside `run`, because a benchmark's file may start MPI when it is imported, and --help must
+not. What they parse becomes keyword arguments of `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from mpilm.bench import _contenders
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/train.py`."""
+    cases, names = ",".join(_contenders.CASES), ",".join(_contenders.names())
+    parser.add_argument("--case", default=cases, help="which models, with commas between (default: %(default)s)")
+    parser.add_argument("--who", default=names, metavar="NAME,...",
+                        help="which contenders; ratios are to ddp, else to the first peer (default: %(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="turns of every contender (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=4, help="timed steps of a turn (default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is wanted")
+    return int(text)
+
+
+OPTIONS = {"train": train}
