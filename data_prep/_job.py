@@ -1,0 +1,163 @@
+"""What an encoding is: its inputs, its settings, and what of it is done. Kept on disk, so that a kill costs little.
+
+    DIR/unfinished/job.json    the inputs (name, size, time of change) and settings that everything there belongs to
+    DIR/unfinished/...         units and shards that are done (see _parts.py, _assemble.py)
+    DIR/job.json               stays beside the finished dataset: the same command again has nothing to do
+
+Work is only ever taken up for the very same job: a changed input or tokenizer is named and refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep._parts import Record, write_json
+from data_prep._sources import Source
+from mpilm.data._format import INDEX, SPLITS, UNFINISHED
+from mpilm.log import UserError
+
+JOB = "job.json"
+MEANINGS = {"tokenizer": "--tokenizer", "validation": "--validation", "field": "--field", "version": "mpilm's version",
+            "end_of_text": "--end_of_text", "shard_mib": "--shard_mib", "unit_bytes": "the unit size"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the output depends on."""
+
+    tokenizer: str  # SHA-256
+    end_of_text: int
+    validation: float
+    field: str
+    shard_mib: float
+    unit_bytes: int
+    sources: list[Source]
+    version: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in job.json."""
+        values = asdict(self)
+        values["sources"] = [list(vars(source).values()) for source in self.sources]
+        return values
+
+
+def is_finished(directory: Path, job: Job) -> bool:
+    """Whether the folder holds this job's result; False where there is work to do.
+
+    Raises:
+        UserError: The folder holds something else: another dataset, another job's unfinished work.
+    """
+    if (directory / INDEX).exists():
+        _require_same(directory, directory / JOB, job, f"{directory} already holds a dataset")
+        return True
+    unfinished = directory / UNFINISHED / JOB
+    if unfinished.exists():
+        _require_same(directory, unfinished, job, f"{directory} holds an encoding that was not finished")
+    return False
+
+
+def start(directory: Path, job: Job) -> dict[int, Record]:
+    """Make the folder for unfinished work, or enter it, and return the records of the units that are done."""
+    parts = directory / UNFINISHED
+    parts.mkdir(parents=True, exist_ok=True)
+    if not (parts / JOB).exists():
+        write_json(parts / JOB, job.to_json())
+    records = (_record(path) for path in sorted(parts.glob("[0-9]*.json")))
+    return {record["unit"]: record for record in records if record is not None}
+
+
+def finish(directory: Path) -> None:
+    """Keep the job beside its result and remove what only unfinished work needs. May be called again."""
+    job = directory / UNFINISHED / JOB
+    if job.exists():
+        os.replace(job, directory / JOB)
+    discard(directory)
+
+
+def discard(directory: Path) -> None:
+    """Remove all unfinished work."""
+    parts = directory / UNFINISHED
+    if parts.exists():
+        for path in parts.iterdir():
+            path.unlink()
+        parts.rmdir()
+
+
+def _record(path: Path) -> Record | None:
+    """A unit's record, if its files are there in full."""
+    try:
+        record: Record = json.loads(path.read_bytes())
+        for split in SPLITS:
+            stem = path.with_suffix("")
+            if os.path.getsize(f"{stem}.{split}.documents") != 8 * record[split]["num_documents"]:
+                return None
+            if os.path.getsize(f"{stem}.{split}.tokens") % max(record[split]["num_tokens"], 1):
+                return None
+        return record
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _require_same(directory: Path, path: Path, job: Job, what: str) -> None:
+    try:
+        before = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        before = {}
+    now = json.loads(json.dumps(job.to_json()))
+    if before == now:
+        return
+    raise UserError(f"{what}, made from something else ({_difference(before, now)}). Give another --to, or remove "
+                    f"{directory} to encode from the beginning.")
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    if not before:
+        return "it does not say from what"
+    for key, meaning in MEANINGS.items():
+        if before.get(key) != now[key]:
+            return f"{meaning} differs"
+    old, new = ({tuple(source) for source in values.get("sources", [])} for values in (before, now))
+    return f"changed input: {_names(old ^ new)}"
+
+
+def _names(sources: set[Sequence[Any]]) -> str:
+    names = sorted({str(source[0]) for source in sources})
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def locked(directory: Path, *, wait_s: float) -> Iterator[None]:
+    """Keep a second encoding out of the folder. The lock goes with the process, however it ends.
+
+    Raises:
+        UserError: Another process held it all the time.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + wait_s
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise UserError(f"{directory}: another process is writing there. Wait for it, or give another --to.")
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True

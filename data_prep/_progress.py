@@ -1,0 +1,67 @@
+"""How far the encoding is: a bar on a terminal, a line now and then in a log. Rank 0 tells; the others only count.
+
+    progress = Progress("encoding", total=10_000_000, show=comm.rank == 0)
+    progress.advance(65536)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from mpilm.log import say
+
+LINE_EVERY_S = 10.0
+
+
+def on_terminal() -> bool:
+    """Whether a person watches stdout.
+
+    Open MPI's mpirun gives its ranks a pseudo-terminal even when its own output goes to a file, so there the launcher
+    is asked too: our parent process.
+    """
+    if not sys.stdout.isatty():
+        return False
+    if "PMIX_RANK" not in os.environ:
+        return True
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
+
+
+class Progress:
+    """Bytes done of bytes to do."""
+
+    def __init__(self, what: str, *, total: int, show: bool) -> None:
+        self._what, self._total, self._done, self._show = what, max(total, 1), 0, show
+        self._start = self._told = time.monotonic()
+        self._bar: Any = None
+        if show and on_terminal():
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            self._task = self._bar.add_task("", total=self._total)
+            self._bar.start()
+
+    def advance(self, done: int) -> None:
+        """So many bytes more are done."""
+        self._done += done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+        elif self._show and time.monotonic() > self._told + LINE_EVERY_S:
+            self._told = time.monotonic()
+            rate = self._done / (self._told - self._start)
+            say(f"{self._what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB "
+                f"({100 * self._done // self._total} %), {rate / 1e6:.1f} MB/s, "
+                f"{(self._total - self._done) / rate / 60:.0f} min to go")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,214 @@
+"""Parts of files -> documents, in pieces that are small enough to be tokenized at once.
+
+    for piece in read(part, field="text", notes=notes):
+        piece.text, piece.begins, piece.ends, piece.key
+
+A text file is a document; so are a line of .jsonl and a row of .parquet, whose text is the value of one field. Memory
+is bounded whatever the size of a file. Nothing is lost in silence: bytes that are not UTF-8 become U+FFFD and are
+counted, and so are empty documents, which are left out; anything else that cannot be read is an error.
+
+`key` is a hash of how the document begins: equal documents have equal keys, wherever they stand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from data_prep._cutting import PIECE_BYTES, SEARCH_BYTES, cut_at_or_after, pieces, stream_pieces
+from data_prep._sources import Source
+from data_prep._units import Part
+from mpilm.log import UserError
+
+HEAD_BYTES = 64 << 10
+LINE_BYTES = 256 << 20
+BATCH_ROWS = 256
+BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
+
+
+class Piece(NamedTuple):
+    """A stretch of a document, and whether the document begins and ends with it."""
+
+    text: str
+    begins: bool
+    ends: bool
+    key: int
+
+
+def read(part: Part, *, field: str = "text", notes: Counter[str], scratch: Path | None = None,
+         advance: Callable[[int], None] = lambda done: None) -> Iterator[Piece]:
+    """The documents of a part, in order.
+
+    Args:
+        part: What to read.
+        field: Name of the field that holds the text, in .jsonl and .parquet.
+        notes: Counts what happened: `empty` documents, `undecodable` pieces.
+        scratch: Folder for a Parquet file that must be unpacked first.
+        advance: Told, now and then, how many more bytes of `part.size` are read.
+
+    Raises:
+        UserError: The file changed since it was planned, is damaged or has no such field; names it and where.
+    """
+    source, done = part.source, 0
+    reader = {"text": _text, "jsonl": _jsonl, "parquet": _parquet}[source.kind]
+    try:
+        with open(source.path, "rb") as file, _unpacked(source, file) as stream:
+            for piece in reader(part, stream, field, notes, scratch):
+                yield piece
+                if source.kind != "parquet" and part.start + done < (position := file.tell()) <= part.start + part.size:
+                    advance(position - part.start - done)
+                    done = position - part.start
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError) as error:  # Arrow's errors are among them
+        raise UserError(f"{source.path}: cannot be read to its end ({str(error)[:200]}). Repair or remove it, then run "
+                        "the same command again.") from None
+    advance(part.size - done)
+
+
+def _unpacked(source: Source, file: BinaryIO) -> BinaryIO:
+    """The stream to read from: the file, or what is packed in it."""
+    about = os.fstat(file.fileno())
+    if (about.st_size, about.st_mtime_ns) != (source.size, source.mtime_ns):
+        raise UserError(f"{source.path}: changed while it was being encoded. Wait until it is complete, remove the "
+                        "output folder and run the same command again.")
+    if not source.packing or not source.size:
+        return file
+    import pyarrow
+
+    unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(file), source.packing)
+    return cast(BinaryIO, io.BufferedReader(unpacked, PIECE_BYTES))
+
+
+def key_of(head: bytes) -> int:
+    """64 bits of a hash of the first HEAD_BYTES of a document."""
+    return int.from_bytes(hashlib.blake2b(head[:HEAD_BYTES], digest_size=8).digest(), "little")
+
+
+def _text(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratch: Path | None) -> Iterator[Piece]:
+    size, head = part.source.size, file.read(HEAD_BYTES)
+    if part.source.packing:
+        begins, ends, stretches = True, True, stream_pieces(file, held=head)
+    else:
+        begin, end, low, high = (_cut(file, place, size) for place in (part.start, part.stop, *part.document))
+        file.seek(begin)
+        begins, ends, stretches = begin == low, end == high, stream_pieces(file, end - begin)
+    before, key = None, key_of(head)
+    for stretch in stretches:
+        if before is not None:
+            yield Piece(_decode(before, begins, notes), begins, False, key)
+            begins = False
+        before = stretch
+    text = _decode(before or b"", begins, notes)
+    if text or not (begins and ends):
+        yield Piece(text, begins, ends, key)
+    else:
+        notes["empty"] += 1
+
+
+def _cut(file: BinaryIO, position: int, size: int) -> int:
+    """Where a part really begins or ends that was planned to at `position`."""
+    if position in (0, size):
+        return position
+    file.seek(max(0, position - 2))
+    window = file.read(SEARCH_BYTES + 4)
+    return max(0, position - 2) + cut_at_or_after(window, min(position, 2))
+
+
+def _decode(raw: bytes, begins: bool, notes: Counter[str]) -> str:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        notes["undecodable"] += 1
+        text = raw.decode(errors="replace")
+    return text.removeprefix(BOM) if begins else text
+
+
+def _jsonl(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratch: Path | None) -> Iterator[Piece]:
+    for position, line in _lines(part, file):
+        if line.isspace():
+            continue
+        where = f"{part.source.path}, at byte {position}"
+        try:
+            record = json.loads(_decode(line, position == 0, notes))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not a line of JSON ({str(error)[:100]}). Repair or remove the line.") from None
+        if not isinstance(record, dict) or field not in record:
+            raise UserError(f"{where}: no field {field!r}{_others(record)}. Name the text's field with --field.")
+        yield from _document(record[field], where, notes)
+
+
+def _lines(part: Part, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in a part, each with where it begins (in a packed file: in its unpacked text)."""
+    position = part.start
+    if part.start:
+        file.seek(part.start - 1)  # the line that ends just before our first byte leaves us nothing to skip
+        position = part.start - 1
+        while True:
+            skipped = file.readline(1 << 20)
+            position += len(skipped)
+            if not skipped or skipped.endswith(b"\n"):
+                break
+    while part.stop < 0 or position < part.stop:
+        line = file.readline(LINE_BYTES + 1)
+        if len(line) > LINE_BYTES:
+            raise UserError(f"{part.source.path}, at byte {position}: a line of more than {LINE_BYTES >> 20} MiB. "
+                            "Is this JSON with one record a line? If it is plain text, name it .txt.")
+        if not line:
+            return
+        yield position, line
+        position += len(line)
+
+
+def _others(record: object) -> str:
+    return f" among {', '.join(map(repr, list(record)[:8]))}" if isinstance(record, dict) else " (not a JSON object)"
+
+
+def _parquet(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratch: Path | None) -> Iterator[Piece]:
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryFile(dir=scratch) as whole:
+        if part.source.packing:
+            while block := file.read(1 << 20):
+                whole.write(block)
+            whole.seek(0)
+        with pq.ParquetFile(whole if part.source.packing else file) as table:
+            if field not in table.schema_arrow.names:
+                names = ", ".join(map(repr, table.schema_arrow.names[:8]))
+                raise UserError(f"{part.source.path}: no column {field!r} among {names}. Name the text's column with "
+                                "--field.")
+            groups = list(range(part.start, table.num_row_groups if part.stop < 0 else part.stop))
+            for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=[field], use_threads=False):
+                for value in batch.column(0).to_pylist():
+                    yield from _document(value, f"{part.source.path}, column {field!r}", notes)
+
+
+def _document(value: Any, where: str, notes: Counter[str]) -> Iterator[Piece]:
+    """A text that came as a value, in pieces. None is an empty document."""
+    if isinstance(value, bytes):
+        value = _decode(value, True, notes)
+    if value is None or value == "":
+        notes["empty"] += 1
+        return
+    if not isinstance(value, str):
+        raise UserError(f"{where}: a value of type {type(value).__name__}, not text. Name the text's field with "
+                        "--field.")
+    try:
+        raw = value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        notes["undecodable"] += 1
+        raw = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    key = key_of(raw)
+    if len(raw) <= PIECE_BYTES:
+        yield Piece(raw.decode(), True, True, key)
+        return
+    stretches = list(pieces(raw))
+    for number, stretch in enumerate(stretches):
+        yield Piece(stretch.decode(errors="replace"), number == 0, number == len(stretches) - 1, key)
