@@ -115,7 +115,8 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
         states=update.STATES, num_slots=len(dealt[mesh.dp.rank]), dtype=decision.dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
     if decision.compile:
-        model.compile_blocks()
+        for block in model.layers:
+            block.compile(dynamic=False)
     pipeline = Pipeline(model, synchronizer, num_slots=num_slots)
     return Core(mesh, dealt[mesh.dp.rank], dealt, model, synchronizer, pipeline, update)
 
