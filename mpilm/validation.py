@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from mpilm.comm.order import even_runs
 from mpilm.data.loader import Loader
+from mpilm.data.sampler import Spread
 from mpilm.data.shards import Dataset
 from mpilm.log import UserError
 from mpilm.parallel import pipeline
@@ -16,7 +16,7 @@ from mpilm.parallel.losses import Losses
 
 
 class Validation:
-    """The first `sequences` sequences of the validation split, in whole micro-batches.
+    """`sequences` sequences, evenly spaced over the validation split, in whole micro-batches.
 
     Collective over `comm`, the data-parallel communicator.
 
@@ -35,20 +35,9 @@ class Validation:
         runs = even_runs(slots, comm.size)
         self.model, self.losses = model, Losses(comm, runs)
         self.tokens = slots * size * sequence_length
-        self.loader = Loader(dataset, Sequential(slots * size), sequence_length=sequence_length, micro_batch_size=size,
-                             slots=runs[comm.rank], mask_documents=mask_documents)
+        self.loader = Loader(dataset, Spread(available, count=slots * size), sequence_length=sequence_length,
+                             micro_batch_size=size, slots=runs[comm.rank], mask_documents=mask_documents)
 
     def loss(self) -> float:
         """Mean loss, nats per token."""
         return self.losses.mean(pipeline.losses(self.model, self.loader.batch(0)))
-
-
-class Sequential:
-    """A sampler whose every step is the first `count` sequences, in order."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def ids(self, step: int) -> np.ndarray:
-        """int64 [count], whatever the step."""
-        return np.arange(self.count, dtype=np.int64)

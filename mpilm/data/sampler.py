@@ -11,7 +11,7 @@ trillion sequences need no list.
                    |     |
 
 Invariants: every sequence once per epoch; the number of ranks never enters. A step may hold the end of one epoch and
-the beginning of the next. `Sequential` is the order for validation: 0, 1, 2, ...
+the beginning of the next. `Spread` is the order for validation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROUNDS = 8
 
 
 class Order(Protocol):
-    """What the loader asks: the ids of the sequences of a step, [global_batch_size] int64."""
+    """What the loader asks: the ids of the sequences of a step, [sequences of a step] int64."""
 
     def ids(self, step: int) -> np.ndarray: ...
 
@@ -40,7 +40,7 @@ class Sampler:
         self.global_batch_size = global_batch_size
         digest = hashlib.blake2b(str(int(seed)).encode(), digest_size=8).digest()
         self._seed = np.uint64(int.from_bytes(digest, "little"))
-        bits = max(2, (num_sequences - 1).bit_length())
+        bits = max(6, (num_sequences - 1).bit_length())  # fewer bits mix badly
         self._widths = (bits - bits // 2, bits // 2)
 
     def ids(self, step: int) -> np.ndarray:
@@ -80,14 +80,13 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-class Sequential:
-    """The order for validation: step s is the sequences s*G ... s*G + G - 1, beginning again after the last one."""
+class Spread:
+    """The order for validation: every step is the same `count` sequences, in order, evenly spaced over the split."""
 
-    def __init__(self, num_sequences: int, *, global_batch_size: int) -> None:
+    def __init__(self, num_sequences: int, *, count: int) -> None:
         self.num_sequences = num_sequences
-        self.global_batch_size = global_batch_size
+        self.count = count
 
     def ids(self, step: int) -> np.ndarray:
-        """Sequence ids of a step: [global_batch_size] int64."""
-        first = step * self.global_batch_size % self.num_sequences
-        return np.arange(first, first + self.global_batch_size, dtype=np.int64) % self.num_sequences
+        """Sequence ids, whatever the step: [count] int64."""
+        return np.arange(self.count, dtype=np.int64) * self.num_sequences // self.count
