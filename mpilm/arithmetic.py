@@ -38,7 +38,7 @@ class Arithmetic:
     micro_batch_size: int
     reproducible: bool
     cpu: str
-    torch: str
+    torch_version: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +96,7 @@ def _warn_of_changes(decision: Arithmetic, recorded: Mapping[str, Any]) -> None:
 
 
 def _warn_of_mixed_machines(decision: Arithmetic, world: World) -> None:
-    kinds = sorted(set(world.comm.allgather((decision.cpu, decision.torch, decision.threads))))
+    kinds = sorted(set(world.comm.allgather((decision.cpu, decision.torch_version, decision.threads))))
     if decision.reproducible and len(kinds) > 1:
         warn("The ranks differ, so the bits depend on which rank computes what: "
              + "; ".join(f"{cpu}, torch {version}, {threads} threads" for cpu, version, threads in kinds))

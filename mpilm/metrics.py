@@ -27,7 +27,8 @@ class Metrics:
     def __init__(self, directory: Path, *, step: int, steps: int, tensorboard: bool, write: bool) -> None:
         self.steps, self.write = steps, write
         self.started, self.first_step = time.perf_counter(), step
-        self.file, self.events, self.progress = None, None, None
+        self.file: Any = None
+        self.events: Any = None
         if write:
             self._open(directory, step, tensorboard)
 

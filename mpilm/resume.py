@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -76,5 +75,5 @@ def open_run(path: str, comm: Any) -> Reader:
 
 def config_of(reader: Reader) -> Config:
     """The configuration that a checkpoint was written under."""
-    sections = {f.name: f.default_factory for f in fields(Config)}
-    return Config(**{name: make(**reader.meta["config"][name]) for name, make in sections.items()})
+    sections = vars(Config()).items()
+    return Config(**{name: type(section)(**reader.meta["config"][name]) for name, section in sections})

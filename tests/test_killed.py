@@ -1,4 +1,4 @@
-"""SIGKILL of the whole job at any moment: the next start goes on, loses no more than the interval, and ends the same."""
+"""SIGKILL of the whole job at any moment: the next start goes on, loses little, and ends the same."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(run_mpi, tmp_path):
     data, killed, whole = datasets.small(tmp_path / "data"), tmp_path / "killed", tmp_path / "whole"
     for _ in range(4):
         done = start_and_kill(command(data, killed), killed, draw.uniform(0, 0.15))
-        newest = max((int(path.name.removeprefix("step-")) for path in (killed / "checkpoints").glob("step-*")), default=0)
+        saved = (killed / "checkpoints").glob("step-*")
+        newest = max((int(path.name.removeprefix("step-")) for path in saved), default=0)
         # One interval for what was not saved, one for the checkpoint that was being written.
         assert done - newest <= 2 * EVERY
     for directory in (killed, whole):

@@ -93,7 +93,7 @@ def test_three_steps_are_those_of_a_plain_loop(name, reproducible, comm):
     np.testing.assert_allclose(mine[0], losses, rtol=1e-5)
     np.testing.assert_allclose(mine[1], norms, rtol=1e-4)
     for parameter, value in parameters.items():
-        torch.testing.assert_close(mine[2][parameter], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=parameter: f"{n}: {m}")
+        torch.testing.assert_close(mine[2][parameter], value, rtol=1e-4, atol=1e-5, msg=parameter)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

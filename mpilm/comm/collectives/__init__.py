@@ -9,28 +9,22 @@ Every file has one class, named like the file, with the interface of `_base.Coll
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
+from mpilm import menu
 from mpilm.comm.collectives._base import Collective
-from mpilm.log import UserError
 
 __all__ = ["Collective", "get", "names"]
 
 
 def names() -> list[str]:
     """The collectives there are: the files of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return menu.names(__name__)
 
 
 def get(name: str) -> type[Collective]:
-    """The class in the file of that name.
+    """The collective of that name.
 
     Raises:
-        UserError: There is no such file; the message lists those there are.
+        UserError: There is none; the message lists those there are.
     """
-    if name not in names():
-        raise UserError(f"--sync.collective {name}: there is no such collective; choose one of {', '.join(names())}.")
-    module = importlib.import_module(f"{__name__}.{name}")
-    found: type[Collective] = getattr(module, "".join(word.capitalize() for word in name.split("_")))
+    found: type[Collective] = menu.get(__name__, name, option="sync.collective")
     return found
