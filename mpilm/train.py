@@ -14,6 +14,7 @@ from mpilm.log import say
 if TYPE_CHECKING:
     from mpilm.trainer import Trainer
 
+CORPUS = "corpus"  # folder of the built-in corpus, beside the runs
 PROMPT, SAMPLE_TOKENS = "import ", 120
 DESCRIPTION = "Train a language model on the ranks that mpirun or srun started; without them, on one."
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not config.data.path:
             from data_prep import corpus
 
-            config.data.path = str(corpus.prepare(config.run.dir, world.comm))
+            config.data.path = str(corpus.prepare(CORPUS, world.comm, threads=world.threads))
         trainer = assemble.trainer(config, world)
         trainer.run()
         summarize(trainer, config, world)
