@@ -1,0 +1,163 @@
+"""Whatever happens to the files: it is named and the checkpoint before is taken, or it makes no difference."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+
+import pytest
+
+from mpilm.checkpoint import Alone, DamagedError, newest, verified
+from mpilm.checkpoint.newest import share
+from mpilm.log import UserError
+from tests.checkpoint_cases import assert_holds, tensors, write
+
+
+def flip(path, bit):
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def swap(path, others):
+    other = next(other for other in others if other != path)
+    held = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(held)
+
+
+def to_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def to_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def to_link(path):
+    target = path.with_name("elsewhere")
+    path.rename(target)
+    path.symlink_to(target)
+
+
+DAMAGE = {
+    "removed": lambda path, others: path.unlink(),
+    "emptied": lambda path, others: path.write_bytes(b""),
+    "truncated": lambda path, others: os.truncate(path, path.stat().st_size - 1),
+    "halved": lambda path, others: os.truncate(path, path.stat().st_size // 2),
+    "extended": lambda path, others: path.write_bytes(path.read_bytes() + b"\0"),
+    "sparse": lambda path, others: os.truncate(path, 1 << 40),
+    "zeroed": lambda path, others: path.write_bytes(b"\0" * path.stat().st_size),
+    "flipped": lambda path, others: flip(path, path.stat().st_size * 4),
+    "swapped": swap,
+    "pipe": lambda path, others: to_pipe(path),
+    "directory": lambda path, others: to_directory(path),
+    "link": lambda path, others: to_link(path),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.parametrize("which", ["manifest.json", "first", "last"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(comm, tmp_path_all, what, which):
+    directory = tmp_path_all / "c"
+    write(directory, comm, [1, 2], file_bytes=300)
+    path = directory / "step-00000002"
+    comm.Barrier()
+    if comm.rank == 0:
+        files = sorted(path.glob("*.safetensors"))
+        victim = path / which if which == "manifest.json" else files[{"first": 0, "last": -1}[which]]
+        DAMAGE[what](victim, [file for file in files if file != victim])
+    comm.Barrier()
+    told = []
+    reader = newest(directory, comm, tell=told.append)
+    assert reader.step == 1
+    assert_holds(reader, tensors(1))
+    assert len(told) == 1
+    assert str(path) in told[0]
+    with pytest.raises(DamagedError):
+        verified(path, comm)
+
+
+def test_a_step_in_the_place_of_another_is_named(comm, tmp_path_all):
+    directory = tmp_path_all / "c"
+    write(directory, comm, [1, 2])
+    comm.Barrier()
+    if comm.rank == 0:
+        shutil.rmtree(directory / "step-00000002")
+        shutil.copytree(directory / "step-00000001", directory / "step-00000002")
+        shutil.copytree(directory / "step-00000001", directory / "best")
+    comm.Barrier()
+    told = []
+    assert newest(directory, comm, tell=told.append).step == 1
+    assert "is of step 1" in told[0]
+    assert verified(directory / "best", comm).step == 1, "a copy under a name of one's own is fine"
+
+
+def test_none_good_is_an_error_that_names_all(comm, tmp_path_all):
+    directory = tmp_path_all / "c"
+    write(directory, comm, [1, 2])
+    comm.Barrier()
+    if comm.rank == 0:
+        for path in directory.iterdir():
+            (path / "manifest.json").unlink()
+    comm.Barrier()
+    with pytest.raises(UserError, match=r"none of the 2 (.|\n)*step-00000002(.|\n)*step-00000001"):
+        newest(directory, comm, tell=lambda text: None)
+
+
+@pytest.mark.serial
+def test_no_flipped_bit_goes_unseen(comm, tmp_path_all):
+    directory = tmp_path_all / "c"
+    write(directory, comm, [1], file_bytes=1000)
+    path = directory / "step-00000001"
+    rng = random.Random(0)
+    unseen, named, tried = set(), 0, 0
+    for file in path.iterdir():
+        size = file.stat().st_size
+        for bit in {0, 8 * size - 1, *(rng.randrange(8 * size) for _ in range(150))}:
+            flip(file, bit)
+            try:
+                assert_holds(verified(path, Alone()), tensors(1))
+                unseen.add(file.name)
+            except UserError as error:
+                named += path.name in str(error)
+            flip(file, bit)
+            tried += 1
+    assert_holds(verified(path, Alone()), tensors(1))
+    assert unseen <= {"manifest.json"}, "only blanks between its words may change"
+    assert named > 0.9 * tried
+
+
+def test_damage_after_the_verification_is_named_too(comm, tmp_path_all):
+    directory = tmp_path_all / "c"
+    write(directory, comm, [1])
+    reader = newest(directory, comm)
+    comm.Barrier()
+    if comm.rank == 0:
+        for file in (directory / "step-00000001").glob("*.safetensors"):
+            os.truncate(file, 20)
+    comm.Barrier()
+    for name, array in tensors(1).items():
+        with pytest.raises(DamagedError, match=r"has 20 bytes instead of"):
+            reader.read(name, 0, array.size)
+
+
+def test_a_tensor_that_is_not_there_is_named(comm, tmp_path_all):
+    write(tmp_path_all / "c", comm, [1])
+    with pytest.raises(UserError, match=r"no tensor model\.head.*adam_m"):
+        newest(tmp_path_all / "c", comm).read("model.head", 0, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_file_is_verified_by_one_rank(size):
+    rng = random.Random(size)
+    sizes = {f"f{number}": rng.randrange(100) for number in range(20)}
+    shares = [share(sizes, rank, size) for rank in range(size)]
+    assert sorted(name for mine in shares for name in mine) == sorted(sizes)
+    loads = [sum(sizes[name] for name in mine) for mine in shares]
+    assert max(loads) - min(loads) <= max(sizes.values())
