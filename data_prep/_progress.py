@@ -6,30 +6,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from typing import Any
 
 from mpilm.log import say
+from mpilm.progress import on_terminal
 
 LINE_EVERY_S = 10.0
-
-
-def on_terminal() -> bool:
-    """Whether a person watches stdout.
-
-    Open MPI's mpirun gives its ranks a pseudo-terminal even when its own output goes to a file, so there the launcher
-    is asked too: our parent process.
-    """
-    if not sys.stdout.isatty():
-        return False
-    if "PMIX_RANK" not in os.environ:
-        return True
-    try:
-        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
-    except OSError:
-        return False
 
 
 class Progress:
