@@ -13,8 +13,9 @@ from mpilm.bench import _contenders
 
 def train(parser: argparse.ArgumentParser) -> None:
     """Of `bench/train.py`."""
-    cases, names = ",".join(_contenders.CASES), ",".join(_contenders.names())
-    parser.add_argument("--case", default=cases, help="which models, with commas between (default: %(default)s)")
+    cases, names = ",".join(_contenders.MEASURED), ",".join(_contenders.names())
+    parser.add_argument("--case", default=cases, metavar="CASE,...",
+                        help=f"which models of {', '.join(_contenders.CASES)} (default: %(default)s)")
     parser.add_argument("--who", default=names, metavar="NAME,...",
                         help="which contenders; ratios are to ddp, else to the first peer (default: %(default)s)")
     parser.add_argument("--rounds", type=_positive, default=5, help="turns of every contender (default: %(default)s)")

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from mpilm.bench import _memory
-from mpilm.bench._contenders import Case, Who
+from mpilm.bench._contenders import OURS, Case, Who
 from mpilm.bench._jobs import Job, JobError
 from mpilm.log import warn
 
@@ -86,8 +86,9 @@ def compete(case: Case, whos: Sequence[Who], *, cores: Sequence[int], size: int,
 
 
 def reference(names: Sequence[str]) -> str:
-    """Whom all others are divided by."""
-    return REFERENCE if REFERENCE in names else names[0]
+    """Whom all others are divided by: ddp, else the first peer, else the first of all."""
+    peers = [name for name in names if not name.startswith(OURS)]
+    return REFERENCE if REFERENCE in names else [*peers, *names][0]
 
 
 def _anchor(who: Who, whos: Sequence[Who]) -> bool:

@@ -1,0 +1,47 @@
+"""The training benchmark for real, on a model of a few thousand parameters."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+
+from mpilm.bench import _contenders
+from mpilm.bench._contenders import CASES
+from mpilm.bench._jobs import Job, JobError
+from tests.helpers import run_nested
+
+WHO = ["mpilm-reproducible", "ddp", "fsdp2", "single-tuned"]
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+def test_contenders_take_turns_and_json_has_an_object_a_line():
+    result = run_nested(2, ["-m", "mpilm.bench", "train", "--json", "--case", "tiny", "--who", ",".join(WHO),
+                            "--rounds", "2", "--steps", "1"], timeout=280)
+    assert result.rc == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert all(list(line) == ["bench", "case", "who", "value", "unit"] for line in lines)
+    assert {line["bench"] for line in lines} == {"train"}
+    assert [line["who"] for line in lines if (line["case"], line["unit"]) == ("tiny", "tokens/s")] == WHO, result.stderr
+    assert [line["who"] for line in lines if (line["case"], line["unit"]) == ("tiny peak PSS", "MiB")] == WHO
+    assert [line["who"] for line in lines if (line["case"], line["unit"]) == ("tiny peak RSS", "MiB")] == WHO
+    assert all(line["value"] > 0 for line in lines)
+    assert "group 1, 4 contenders: round 2 of 2" in result.stderr
+
+
+@pytest.mark.serial
+def test_a_contender_that_fails_tells_why():
+    odd = replace(CASES["tiny"], heads=5)
+    with pytest.raises(JobError, match=r"single ended.*\n[\s\S]*heads"), \
+         Job(_contenders.parse("single"), odd, cores=range(os.cpu_count() or 1), size=1):
+        pass
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(("option", "value"), [("--who", "horovod"), ("--case", "huge")])
+def test_a_name_that_is_none_is_a_users_mistake(option, value):
+    result = run_nested(2, ["-m", "mpilm.bench", "train", option, value])
+    assert result.rc == 2
+    assert f"{option} {value}: there is no such" in result.stderr
+    assert "Traceback" not in result.stderr
