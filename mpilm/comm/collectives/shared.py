@@ -63,6 +63,7 @@ class Shared(Collective):
         self._workers = min(len(ranks) for ranks in node.members)
         self._plan(comm.size, reproducible=reproducible)
         self._allocations: list[list[np.ndarray]] = []
+        self._found: dict[tuple[int, int, np.dtype], tuple[list[np.ndarray], int]] = {}
         self._stages = self._agreed(3 * STAGE_BYTES, np.uint8)
 
     def _plan(self, size: int, *, reproducible: bool) -> None:
@@ -79,9 +80,11 @@ class Shared(Collective):
             for first, ranks in zip(firsts, members, strict=True)
         ]
         here = self.node.index
-        self._sum_local = LocalSum(leaves[here], first=firsts[here], mine=self._local.rank)
-        self._across = Across(self._peers, leaves, size) if reproducible else None
-        self._ring = ring.over(self._peers)
+        self._sum_local = LocalSum(leaves[here], first=firsts[here], size=self._local.size,
+                                   mine=self._local.rank)
+        many = len(members) > 1
+        self._across = Across(self._peers, leaves, size) if many and reproducible else None
+        self._ring = ring.over(self._peers) if many and not reproducible else None
 
     def allocate(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
         """My part of node-shared memory, zeroed; ordinary memory, said so, where a node cannot share so much."""
@@ -104,6 +107,7 @@ class Shared(Collective):
     def free(self) -> None:
         """Give communicators and memory back. Collective over `comm`."""
         self._allocations.clear()
+        self._found.clear()
         self._peers.Free()
         self._local.Free()
         super().free()
@@ -111,8 +115,7 @@ class Shared(Collective):
 
     def _run(self, buffer: np.ndarray, *, everywhere: bool) -> None:
         parts, where = self._find(buffer)
-        places = self.check(buffer, where)
-        if where < 0 or (places != where).any():
+        if not self.check(buffer, where) or where < 0:
             self._through_stages(buffer)
             return
         self._sum_parts(parts, everywhere=everywhere)
@@ -123,13 +126,22 @@ class Shared(Collective):
 
     def _find(self, buffer: np.ndarray) -> tuple[list[np.ndarray], int]:
         """The same stretch of every rank's part, and its place, if `buffer` lies in an allocation; else -1."""
-        if arrays.code(buffer) < 0:
+        if arrays.code(buffer) < 0 or not len(buffer):
             return [], -1
+        key = (arrays.address(buffer), buffer.nbytes, buffer.dtype)
+        if key not in self._found:
+            found = self._search(buffer)
+            if found[1] < 0:
+                return found
+            self._found[key] = found
+        return self._found[key]
+
+    def _search(self, buffer: np.ndarray) -> tuple[list[np.ndarray], int]:
         place = 0
         for parts in self._allocations:
             mine = parts[self._local.rank]
             start = arrays.address(buffer) - arrays.address(mine)
-            if start >= 0 and start + buffer.nbytes <= mine.nbytes and len(buffer):
+            if start >= 0 and start + buffer.nbytes <= mine.nbytes:
                 stretch = slice(start, start + buffer.nbytes)
                 return [part.view(np.uint8)[stretch].view(buffer.dtype) for part in parts], place + start
             place += mine.nbytes
@@ -154,7 +166,7 @@ class Shared(Collective):
         """Sum this node's values over the nodes into `out`."""
         if self._across:
             self._across.sum(values, out)
-        else:
+        if self._ring:
             self._ring.run(out)
 
     def _pull(self, parts: Sequence[np.ndarray], out: np.ndarray, wanted: slice) -> None:
