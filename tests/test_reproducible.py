@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -39,27 +40,22 @@ def train(run_mpi, data):
 @pytest.mark.serial
 @pytest.mark.slow
 def test_any_layout_gives_the_same_bits(train, tmp_path):
-    """1, 2, 3 and 4 ranks; shared and tree; buckets of any size; one and two emulated nodes."""
+    """1, 2, 3 and 4 ranks; shared and tree; buckets of any size."""
     alone = train(1, tmp_path / "one")
     assert len(alone[0]) == STEPS
-    layouts = [(2, {"sync.collective": "tree", "sync.bucket_mib": 0.05}), (2, {"sync.collective": "shared"}),
-               (3, {"sync.bucket_mib": 64}), (4, {"sync.collective": "shared", "sync.bucket_mib": 0.1})]
+    layouts = [(2, {"sync.collective": "tree", "sync.bucket_mib": 0.05}), (3, {"sync.bucket_mib": 64}),
+               (4, {"sync.collective": "shared", "sync.bucket_mib": 0.1})]
     for number, (ranks, options) in enumerate(layouts):
         assert train(ranks, tmp_path / str(number), **options) == alone, (ranks, options)
 
 
 @pytest.mark.serial
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stopping_and_resuming_on_other_ranks_gives_the_same_bits(train, tmp_path, precision):
-    """Three steps on two ranks and the rest on one, then four: the metrics have every step once."""
-    undisturbed = train(2, tmp_path / "whole", **{"run.precision": precision})
+def test_stopping_and_resuming_on_other_ranks_gives_the_same_bits(train, tmp_path):
+    """Steps 1 to 4 on two ranks, the rest on one: as on two throughout; the metrics have every step once."""
+    exact = {"run.precision": "fp32"}
+    undisturbed = train(2, tmp_path / "whole", **exact)
     pieces = tmp_path / "pieces"
-    # The learning rate follows run.steps, so a run that is to go on is stopped by its data instead: by a checkpoint.
-    for ranks in (2, 1, 4):
-        train(ranks, pieces, **{"run.precision": precision})
-        newest = sorted((pieces / "checkpoints").iterdir())[-1]
-        for path in newest.iterdir():
-            path.unlink()
-        newest.rmdir()
-    assert train(1, pieces, **{"run.precision": precision}) == undisturbed
+    train(2, pieces, **exact)
+    shutil.rmtree(pieces / "checkpoints" / f"step-{STEPS:08}")
+    assert train(1, pieces, **exact) == undisturbed

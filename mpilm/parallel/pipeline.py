@@ -48,12 +48,16 @@ class Pipeline:
 
 
 def losses(model: torch.nn.Module, batch: Batch) -> np.ndarray:
-    """Losses of my slots, float64, nats per token.
+    """Losses of my slots in evaluation mode, float64, nats per token.
 
-    The graph for a backward pass is recorded and dropped: so the very code that training compiled is run, instead of
-    compiling it once more without gradients.
+    Blocks record the graph of a backward pass, and it is dropped: so the very code that training compiled is run, instead
+    of compiling it once more without gradients.
     """
-    return np.array([model(*micro_batch).item() for micro_batch in micro_batches(batch)])
+    model.eval()
+    try:
+        return np.array([model(*micro_batch).item() for micro_batch in micro_batches(batch)])
+    finally:
+        model.train()
 
 
 def micro_batches(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
