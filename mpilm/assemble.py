@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mpi4py import MPI
 
 from mpilm import arithmetic, resume, sync
 from mpilm.arithmetic import Arithmetic
@@ -16,7 +17,7 @@ from mpilm.comm.collectives import Collective
 from mpilm.comm.mesh import Mesh
 from mpilm.comm.node import Node
 from mpilm.comm.order import even_runs, runs
-from mpilm.comm.worker import Worker
+from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
@@ -111,12 +112,11 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     update = Update(config.optim, config.run.steps)
     matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
     synchronizer = sync.get(config.sync.kind)(
-        dict(model.named_parameters()), matrices, _collective(config, mesh), Worker("communication"),
+        dict(model.named_parameters()), matrices, _collective(config, mesh), _worker(world),
         states=update.STATES, num_slots=len(dealt[mesh.dp.rank]), dtype=decision.dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
     if decision.compile:
-        for block in model.layers:
-            block.compile(dynamic=False)
+        model.compile_parts()
     pipeline = Pipeline(model, synchronizer, num_slots=num_slots)
     return Core(mesh, dealt[mesh.dp.rank], dealt, model, synchronizer, pipeline, update)
 
@@ -132,6 +132,11 @@ def _check_kinds(config: Config) -> None:
 def _collective(config: Config, mesh: Mesh) -> Collective:
     return choose.build(config.sync.collective, mesh.dp, Node.build(mesh.dp), reproducible=config.run.reproducible,
                         count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES)
+
+
+def _worker(world: World) -> Worker | Inline:
+    """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it."""
+    return Worker("communication") if world.thread_level >= MPI.THREAD_SERIALIZED else Inline()
 
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:

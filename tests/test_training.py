@@ -9,6 +9,7 @@ import torch
 from mpilm import assemble, sync
 from mpilm.arithmetic import Arithmetic
 from mpilm.comm import collectives
+from mpilm.comm.worker import Inline
 from mpilm.config import Config, Data, Model, Optim, Run, Sync
 from mpilm.data.loader import Batch
 from mpilm.launch import session
@@ -112,6 +113,15 @@ def test_the_size_of_buckets_does_not_change_bits(precision):
     for losses, norms, parameters in runs[1:]:
         assert (losses, norms) == runs[0][:2]
         assert all(torch.equal(parameters[name], value) for name, value in runs[0][2].items())
+
+
+def test_without_a_second_thread_the_bits_are_the_same(monkeypatch):
+    """An MPI that is called from one thread only sums after the backward pass instead of beside it."""
+    beside = parallel(configuration())
+    monkeypatch.setattr(assemble, "_worker", lambda world: Inline())
+    after = parallel(configuration())
+    assert after[:2] == beside[:2]
+    assert all(torch.equal(after[2][name], value) for name, value in beside[2].items())
 
 
 def test_bf16_stays_near_fp32():

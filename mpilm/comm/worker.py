@@ -62,3 +62,23 @@ class Worker:
             except BaseException as error:  # handed to whoever waits, in the main thread
                 self._failure = self._failure or error
                 future.set_exception(error)
+
+
+class Inline:
+    """The same interface without a thread, for an MPI that allows calls from one thread only: `wait` does the work."""
+
+    def __init__(self) -> None:
+        self._submitted: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> None:
+        """Queue function(*args)."""
+        self._submitted.append((function, args))
+
+    def wait(self) -> None:
+        """Do everything submitted so far, in order."""
+        waiting, self._submitted = self._submitted, []
+        for function, args in waiting:
+            function(*args)
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from mpilm.comm.node import Node
-from mpilm.comm.worker import Worker
+from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import Update
 from mpilm.sync._buckets import Bucket, Read
 from mpilm.sync._layout import Member, Parameter, lay_out
@@ -49,7 +49,7 @@ class Allreduce:
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], collective: Any,
-                 worker: Worker, *, states: Sequence[str], num_slots: int, dtype: torch.dtype, bucket_mib: float,
+                 worker: Worker | Inline, *, states: Sequence[str], num_slots: int, dtype: torch.dtype, bucket_mib: float,
                  reproducible: bool) -> None:
         self.worker = worker
         self.owners = Node.build(collective.owners)
