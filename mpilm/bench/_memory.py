@@ -31,7 +31,9 @@ def peak_pss(pids: Sequence[int]) -> Iterator[list[int]]:
     done = threading.Event()
 
     def sample() -> None:
-        while not done.wait(INTERVAL_S):
+        last = False
+        while not last:  # at least once, however short the time
+            last = done.wait(INTERVAL_S)
             peaks[:] = [max(peak, pss(pid)) for peak, pid in zip(peaks, pids, strict=True)]
 
     thread = threading.Thread(target=sample, daemon=True)
