@@ -38,9 +38,13 @@ class Table:
         columns = [max(9, len(who) + 3) for who in peers]
         lines = [case.ljust(width) + unit.rjust(12) + _row([f"/{who}" for who in peers], columns)]
         for who, value in values.items():
-            ratios = [f"{value / values[peer]:.2f}" for peer in peers] if who in self.ours else []
+            ratios = [_ratio(value, values[peer]) for peer in peers] if who in self.ours else []
             lines.append((who.ljust(width) + f"{value:12.4g}" + _row(ratios, columns)).rstrip())
         return "\n".join(lines)
+
+
+def _ratio(value: float, peer: float) -> str:
+    return f"{value / peer:.2f}" if peer else "-"
 
 
 def _row(cells: list[str], columns: list[int]) -> str:
