@@ -16,10 +16,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mpilm.model import init
-from mpilm.model.layers import Block, RMSNorm, document_mask, rotary
+from mpilm.model.head import Head
+from mpilm.model.layers import Block, Places, RMSNorm
 from mpilm.model.shape import Shape
 
 
@@ -32,10 +32,10 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.width, eps=shape.norm_eps)
-        self.lm_head = nn.Linear(shape.width, shape.vocab_size, bias=False)
+        self.lm_head = Head(shape.width, shape.vocab_size)
         if shape.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.cos_sin = rotary(0, shape.head_width, shape.rope_theta)
+        self._places: Places | None = None
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Mean loss (nats a token, float32) or, without targets, logits.
@@ -45,21 +45,29 @@ class GPT(nn.Module):
             targets: [B, T] int64, the token that follows each input.
             documents: [B, T] integers; attention stays among equal ones. Positions do not restart.
         """
-        cos_sin = self.positions(inputs.shape[1])
-        mask = None if documents is None else document_mask(documents)
+        places = self.places(inputs, documents)
         x = self.embed_tokens(inputs)
         for block in self.layers:
-            x = block(x, cos_sin, mask)
-        logits = self.lm_head(self.norm(x))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            x = block(x, places)
+        x = self.norm(x)
+        return self.lm_head(x) if targets is None else self.lm_head.loss(x, targets)
 
-    def positions(self, length: int) -> Tensor:
-        """[2, T, D] cosines and sines, computed once for the longest sequence seen."""
-        if self.cos_sin.shape[1] < length:
-            self.cos_sin = rotary(length, self.shape.head_width, self.shape.rope_theta)
-        return self.cos_sin[:, :length]
+    def places(self, inputs: Tensor, documents: Tensor | None) -> Places:
+        """Where the tokens of `inputs` [B, T] stand. Without documents it is the same in every step, and kept."""
+        length = inputs.shape[1]
+        if documents is not None:
+            return Places.of(length, documents, self.shape, inputs.device)
+        if self._places is None or self._places.rotary.shape[1] != length or self._places.rotary.device != inputs.device:
+            self._places = Places.of(length, None, self.shape, inputs.device)
+        return self._places
+
+    def compile_parts(self) -> None:
+        """Compile what is worth it, on the first call: one block's code serves all blocks, and gradients of a block
+        are there as soon as its own backward pass is done."""
+        for block in self.layers:
+            block.compile(dynamic=False)
+        self.norm.compile(dynamic=False)
+        self.lm_head.softmax = torch.compile(self.lm_head.softmax, dynamic=False)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of `shape.tensors()` as a view into the parameter that holds it, in that order."""

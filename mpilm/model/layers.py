@@ -1,4 +1,4 @@
-"""The pieces of a decoder: norm, rotary positions, attention, feed-forward, block, loss.
+"""The pieces of a decoder: norm, rotary positions, attention, feed-forward, block.
 
 One code for eager and compiled, for bf16 and fp32: matrix products run in the dtype of the weights, sums that lose
 bits (norms, softmax, loss) in float32. Weights are plain leaf tensors that somebody else may own.
@@ -8,11 +8,43 @@ B sequences, T tokens, C width, H heads, K kv_heads, D head_width, F hidden, V v
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from mpilm.model.attention import attend, masks
 from mpilm.model.shape import Shape
+
+
+class Places(NamedTuple):
+    """What attention needs to know of where its tokens stand; the same for all blocks.
+
+    rotary: [2, T, 1, 2, D/2] float32, cosine and signed sine of every position's angles.
+    masks: see `attention.masks`.
+    """
+
+    rotary: Tensor
+    masks: list[Tensor]
+
+    @classmethod
+    def of(cls, length: int, documents: Tensor | None, shape: Shape, device: torch.device) -> Places:
+        """Places of `length` tokens; `documents` [B, T] or None."""
+        return cls(rotary(length, shape.head_width, shape.rope_theta, device), masks(length, documents, device))
+
+
+def rotary(length: int, head_width: int, theta: float, device: torch.device) -> Tensor:
+    """[2, T, 1, 2, D/2] float32: what `rotate` multiplies x, and x with its halves exchanged, with."""
+    frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device=device) / head_width)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.stack((cos, cos), 1), torch.stack((-sin, sin), 1)))[:, :, None].float()
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """x [B, T, heads, D] turned by its position, in float32: pairs are (x[i], x[i + D/2])."""
+    halves = x.float().unflatten(-1, (2, -1))
+    return (halves * rotary[0] + halves.flip(-2) * rotary[1]).flatten(-2)
 
 
 class RMSNorm(nn.Module):
@@ -29,50 +61,56 @@ class RMSNorm(nn.Module):
         return (wide * scale * self.weight.float()).to(self.weight.dtype)
 
 
-def rotary(length: int, head_width: int, theta: float) -> Tensor:
-    """[2, T, D] float32: cosine and sine of every position's angles, each angle twice (halves, as Llama has them)."""
-    frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequency).repeat(1, 2)
-    return torch.stack((angles.cos(), angles.sin())).float()
-
-
-def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """x [B, T, H, D] turned by its position: pairs are (x[i], x[i + D/2])."""
-    cos, sin = cos_sin[:, :, None, :]
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention; `qkv_proj` holds the rows of queries, keys and values."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads, self.kv_heads = shape.heads, shape.kv_heads
+        self.heads = (shape.heads, shape.kv_heads, shape.kv_heads)
         self.head_width = shape.head_width
-        self.qkv_proj = _linear(shape.width, shape.width + 2 * shape.kv_width)
-        self.o_proj = _linear(shape.width, shape.width)
+        self.qkv_proj = nn.Linear(shape.width, shape.width + 2 * shape.kv_width, bias=False)
+        self.o_proj = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x: Tensor, cos_sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_width))                # B T H+2K D
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos_sin), rotate(k, cos_sin), v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.kv_heads != self.heads)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        q, k, v = qkv.split(self.heads, dim=2)
+        q = (rotate(q, places.rotary) * self.head_width ** -0.5).to(x.dtype)
+        k = rotate(k, places.rotary).to(x.dtype)
+        y: Tensor = self.o_proj(attend(q, k, v, places.masks).flatten(2))
+        return y
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [..., 2F], in float32; the backward pass computes the sigmoid once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        gate, up = gate.float(), up.float()
+        return (gate * gate.sigmoid() * up).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        dy = gradients[0].float()
+        x, = ctx.saved_tensors
+        gate, up = (half.float() for half in x.chunk(2, dim=-1))
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        return torch.cat(((dy * up * (sigmoid + silu * (1 - sigmoid))).to(x.dtype), (dy * silu).to(x.dtype)), dim=-1)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)); `gate_up_proj` holds the rows of both."""
+    """SwiGLU network: down(silu(gate(x)) * up(x)); `gate_up_proj` holds the rows of both."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.gate_up_proj = _linear(shape.width, 2 * shape.hidden)
-        self.down_proj = _linear(shape.hidden, shape.width)
+        self.gate_up_proj = nn.Linear(shape.width, 2 * shape.hidden, bias=False)
+        self.down_proj = nn.Linear(shape.hidden, shape.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).float().chunk(2, dim=-1)
-        return self.down_proj((F.silu(gate) * up).to(x.dtype))
+        y: Tensor = self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))      # type: ignore[no-untyped-call]
+        return y
 
 
 class Block(nn.Module):
@@ -85,17 +123,6 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.width, eps=shape.norm_eps)
         self.mlp = FeedForward(shape)
 
-    def forward(self, x: Tensor, cos_sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos_sin, mask)
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), places)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """[B, 1, T, T] bool from [B, T] document numbers: a token sees itself and what precedes it in its document."""
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
-
-
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)

@@ -49,8 +49,8 @@ class Allreduce:
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], collective: Any,
-                 worker: Worker | Inline, *, states: Sequence[str], num_slots: int, dtype: torch.dtype, bucket_mib: float,
-                 reproducible: bool) -> None:
+                 worker: Worker | Inline, *, states: Sequence[str], num_slots: int, dtype: torch.dtype,
+                 bucket_mib: float, reproducible: bool) -> None:
         self.worker = worker
         self.owners = Node.build(collective.owners)
         self.visits = (tree_visits if reproducible else running_visits)(num_slots)
