@@ -67,7 +67,7 @@ def _additive(visible: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> Tensor:
-    """Weighted values [B, T, H, D] of queries [B, T, H, D], already divided by sqrt(D), over keys, values [B, T, K, D]."""
+    """Weighted values [B, T, H, D] of queries [B, T, H, D], divided by sqrt(D), over keys and values [B, T, K, D]."""
     blocks = num_blocks(q.shape[1])
     if not blocks:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -75,8 +75,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> Tensor:
                                            is_causal=not masks, enable_gqa=q.shape[1] != k.shape[1])
         return y.transpose(1, 2)
     kv_heads = k.shape[2]
-    y: Tensor = _Bands.apply(*(_to_blocks(x, blocks, kv_heads) for x in (q, k, v)), *masks)     # type: ignore[no-untyped-call]
-    return _from_blocks(y, batch=q.shape[0], kv_heads=kv_heads, heads=q.shape[2])
+    summed: Tensor = _Bands.apply(*(_to_blocks(x, blocks, kv_heads) for x in (q, k, v)), *masks)
+    return _from_blocks(summed, batch=q.shape[0], kv_heads=kv_heads, heads=q.shape[2])
 
 
 def _to_blocks(x: Tensor, blocks: int, kv_heads: int) -> Tensor:

@@ -57,9 +57,10 @@ class GPT(nn.Module):
         length = inputs.shape[1]
         if documents is not None:
             return Places.of(length, documents, self.shape, inputs.device)
-        if self._places is None or self._places.rotary.shape[1] != length or self._places.rotary.device != inputs.device:
-            self._places = Places.of(length, None, self.shape, inputs.device)
-        return self._places
+        kept = self._places
+        if kept is None or kept.rotary.shape[1] != length or kept.rotary.device != inputs.device:
+            kept = self._places = Places.of(length, None, self.shape, inputs.device)
+        return kept
 
     def compile_parts(self) -> None:
         """Compile what is worth it, on the first call: one block's code serves all blocks, and gradients of a block

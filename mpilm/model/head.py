@@ -30,7 +30,7 @@ class Head(nn.Linear):
         """Mean loss. In evaluation mode, or without gradients, nothing is computed for a backward pass."""
         x, targets = x.flatten(0, -2), targets.flatten()
         if self.training and torch.is_grad_enabled():
-            loss: Tensor = _Loss.apply(x, self.weight, targets, self.softmax)       # type: ignore[no-untyped-call]
+            loss: Tensor = _Loss.apply(x, self.weight, targets, self.softmax)
             return loss
         parts = [F.cross_entropy(self(rows).float(), goals, reduction="sum")
                  for rows, goals in _chunks(x, targets, self.out_features)]

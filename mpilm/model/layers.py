@@ -109,7 +109,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(shape.hidden, shape.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))      # type: ignore[no-untyped-call]
+        y: Tensor = self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))
         return y
 
 

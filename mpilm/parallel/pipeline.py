@@ -50,8 +50,8 @@ class Pipeline:
 def losses(model: torch.nn.Module, batch: Batch) -> np.ndarray:
     """Losses of my slots in evaluation mode, float64, nats per token.
 
-    Blocks record the graph of a backward pass, and it is dropped: so the very code that training compiled is run, instead
-    of compiling it once more without gradients.
+    Blocks record the graph of a backward pass, and it is dropped: so the very code that training compiled is run,
+    instead of compiling it once more without gradients.
     """
     model.eval()
     try:
