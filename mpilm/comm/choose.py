@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Collection
 
 import numpy as np
 from mpi4py import MPI
@@ -22,8 +23,12 @@ FAST = ("shared", "ring", "mpi")
 FIXED_ORDER = ("shared", "tree")
 
 
-def build(name: str, comm: MPI.Comm, node: Node, *, count: int, reproducible: bool = False) -> Collective:
+def build(
+    name: str, comm: MPI.Comm, node: Node, *, count: int, reproducible: bool = False, shared_bytes: int = 0
+) -> Collective:
     """The collective of that name, or the fastest for `auto`; says what it picked. Collective over `comm`.
+
+    Where a node cannot share memory, `shared` gives way to the fastest of the others, and that is said too.
 
     Args:
         name: A file of collectives/, or "auto".
@@ -31,22 +36,37 @@ def build(name: str, comm: MPI.Comm, node: Node, *, count: int, reproducible: bo
         node: Built over the same ranks.
         count: Elements of a bucket of gradients.
         reproducible: Sums must be in tree order.
+        shared_bytes: What the caller will allocate in node-shared memory on every node if `shared` is the one.
 
     Raises:
         UserError: It cannot work here; names what can.
     """
-    if name == "auto":
-        name, seen = measure(comm, node, count, reproducible=reproducible)
+    without = () if name not in ("auto", "shared") else _unusable(comm, node, shared_bytes)
+    if name == "auto" or name in without:
+        name, seen = measure(comm, node, count, reproducible=reproducible, without=without)
         figures = ", ".join(f"{who} {value:.1f}" for who, value in seen.items())
         say(f"allreduce: {name} (GB/s over {4 * count / 2**20:.3g} MiB: {figures})")
-    try:
-        return collectives.get(name)(comm, node, reproducible=reproducible)
-    except SharedMemoryError as error:
-        raise UserError(f"{error} Choose --sync.collective auto, tree, ring or mpi.") from None
+    return collectives.get(name)(comm, node, reproducible=reproducible)
 
 
-def measure(comm: MPI.Comm, node: Node, count: int, *, reproducible: bool = False) -> tuple[str, dict[str, float]]:
+def _unusable(comm: MPI.Comm, node: Node, shared_bytes: int) -> tuple[str, ...]:
+    """`shared` where a node has no room for so much; says so."""
+    rooms = comm.allgather(node.room())
+    if min(rooms) > shared_bytes:
+        return ()
+    warn(f"The ranks of a node can share {min(rooms) / 2**20:.0f} MiB (by {', '.join(node.ways)}), and gradients and "
+         f"parameters take {shared_bytes / 2**20:.0f} MiB, so --sync.collective shared is left out.")
+    return ("shared",)
+
+
+def measure(
+    comm: MPI.Comm, node: Node, count: int, *, reproducible: bool = False, without: Collection[str] = ()
+) -> tuple[str, dict[str, float]]:
     """Time an allreduce of `count` float32 by every candidate. Collective over `comm`; the same answer on all ranks.
+
+    Args:
+        comm, node, count, reproducible: As in `build`.
+        without: Candidates to leave out.
 
     Returns:
         The fastest, and the bus bandwidth of each in GB/s (0 with one rank, where there is no bus).
@@ -55,7 +75,7 @@ def measure(comm: MPI.Comm, node: Node, count: int, *, reproducible: bool = Fals
         UserError: None works here.
     """
     count = max(1, min(count, LONGEST))
-    candidates = _candidates(comm, node, reproducible=reproducible)
+    candidates = _candidates(comm, node, reproducible=reproducible, without=without)
     buffers = {name: candidate.allocate(count, np.float32) for name, candidate in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(ROUNDS + 1):
@@ -71,20 +91,21 @@ def measure(comm: MPI.Comm, node: Node, count: int, *, reproducible: bool = Fals
     return fastest, {name: moved / seconds for name, seconds in medians.items()}
 
 
-def _candidates(comm: MPI.Comm, node: Node, *, reproducible: bool) -> dict[str, Collective]:
+def _candidates(
+    comm: MPI.Comm, node: Node, *, reproducible: bool, without: Collection[str]
+) -> dict[str, Collective]:
     """Everything that `auto` may pick and that works on these ranks."""
     built: dict[str, Collective] = {}
     reasons = []
     for name in FIXED_ORDER if reproducible else FAST:
+        if name in without:
+            continue
         try:
             built[name] = collectives.get(name)(comm, node, reproducible=reproducible)
-        except SharedMemoryError as error:
-            warn(f"{error} The collective `shared` is left out.")
-            reasons.append(str(error))
-        except UserError as error:
+        except (UserError, SharedMemoryError) as error:
             reasons.append(str(error))
     if not built:
-        raise UserError("No collective can sum in a fixed order here. " + " ".join(reasons))
+        raise UserError(f"No collective sums in a fixed order here: {' '.join(reasons)} Or --run.reproducible false.")
     return built
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -44,6 +45,19 @@ def share(comm: MPI.Comm, nbytes: int, *, ways: Sequence[str]) -> mmap.mmap:
             return block
         failures.append(failure)
     raise SharedMemoryError(f"The ranks of this node cannot share {nbytes / 2**20:.1f} MiB: {'; '.join(failures)}.")
+
+
+def room(comm: MPI.Comm, *, ways: Sequence[str]) -> int:
+    """Bytes that the ranks of `comm` can share, going by the first way that works at all. Collective over `comm`.
+
+    No bound is known for "memfd"; a folder has the free space of its file system.
+    """
+    for way in ways:
+        block, _ = _try(comm, mmap.PAGESIZE, way)
+        if block is not None:
+            status = None if way == "memfd" else os.statvfs(way)
+            return sys.maxsize if status is None else status.f_bavail * status.f_frsize
+    return 0
 
 
 def _try(comm: MPI.Comm, nbytes: int, way: str) -> tuple[mmap.mmap | None, str]:

@@ -7,13 +7,16 @@
 A write becomes visible to the others by a barrier over `node.comm`, not before. A node of one rank has ordinary memory
 through the same calls.
 
-MPILM_RANKS_PER_NODE=2 splits the ranks of a host into "nodes" of two that share nothing with each other, so that one
-machine runs what a cluster would.
+Two environment variables, the same on all ranks:
+- MPILM_RANKS_PER_NODE=2 splits the ranks of a host into "nodes" of two that share nothing with each other, so that one
+  machine runs what a cluster would.
+- MPILM_SHARED_MEMORY=memfd:/dev/shm says how memory may be shared (memory.py), in the order tried.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +30,7 @@ from mpilm.log import UserError
 
 __all__ = ["Node", "SharedMemoryError"]
 
-WAYS = ("memfd", "/dev/shm")
+WAYS = "memfd:/dev/shm"
 PAGE = 4096  # bytes; parts start on pages of their own, so that each can lie on its rank's NUMA node
 
 
@@ -41,7 +44,7 @@ class Node:
         num_nodes: Nodes of the communicator that this was built over.
         members: For every node, the ranks (of that communicator) on it, nodes in the order of their first rank.
         index: Which of them is mine.
-        ways: How memory is shared, in the order tried (memory.py).
+        ways: How memory may be shared, in the order tried (memory.py).
     """
 
     comm: MPI.Comm
@@ -49,16 +52,16 @@ class Node:
     num_nodes: int
     members: tuple[tuple[int, ...], ...]
     index: int
-    ways: tuple[str, ...] = WAYS
+    ways: tuple[str, ...]
 
     @classmethod
-    def build(cls, comm: MPI.Comm, *, ranks_per_node: int = 0, ways: Sequence[str] = WAYS) -> Node:
+    def build(cls, comm: MPI.Comm, *, ranks_per_node: int = 0, ways: Sequence[str] = ()) -> Node:
         """Find out which ranks of `comm` share a host. Collective over `comm`.
 
         Args:
             comm: The ranks to place.
             ranks_per_node: Emulate nodes of so many ranks of one host; 0: as MPILM_RANKS_PER_NODE says, else the host.
-            ways: How memory may be shared: "memfd" or folders.
+            ways: How memory may be shared, "memfd" or folders; none: as MPILM_SHARED_MEMORY says, else `WAYS`.
 
         Raises:
             UserError: MPILM_RANKS_PER_NODE is not a positive number.
@@ -69,7 +72,7 @@ class Node:
         peers = comm.Split(local.rank, key=comm.rank)
         members = tuple(sorted(set(comm.allgather(tuple(local.allgather(comm.rank))))))
         index = next(number for number, ranks in enumerate(members) if comm.rank in ranks)
-        return cls(local, peers, len(members), members, index, tuple(ways))
+        return cls(local, peers, len(members), members, index, tuple(ways) or _ways())
 
     def allocate(self, count: int, dtype: npt.DTypeLike) -> list[np.ndarray]:
         """One zeroed array a rank of the node; mine is [node.comm.rank]. Collective over `node.comm`.
@@ -97,10 +100,21 @@ class Node:
         block = memory.share(self.comm, count * np.dtype(dtype).itemsize, ways=self.ways)
         return np.frombuffer(block, dtype)
 
+    def room(self) -> int:
+        """Bytes that the ranks of my node can share. Collective over `node.comm`."""
+        if self.comm.size == 1:
+            return sys.maxsize
+        smallest: int = self.comm.allreduce(memory.room(self.comm, ways=self.ways), op=MPI.MIN)
+        return smallest
+
     def free(self) -> None:
         """Give the communicators back. Collective over the communicator that the node was built over."""
         self.peers.Free()
         self.comm.Free()
+
+
+def _ways() -> tuple[str, ...]:
+    return tuple(filter(None, os.environ.get("MPILM_SHARED_MEMORY", WAYS).split(":")))
 
 
 def _emulated() -> int:

@@ -1,0 +1,50 @@
+"""Inputs and expectations that the tests of the collectives share."""
+
+from __future__ import annotations
+
+import numpy as np
+from mpi4py import MPI
+
+from mpilm.comm import collectives, order
+from mpilm.comm.collectives import Collective
+from mpilm.comm.node import Node
+from mpilm.log import UserError
+
+DTYPES = ("float32", "float64", "int64")
+
+
+def build(name: str, comm: MPI.Comm, node: Node, *, reproducible: bool = False) -> Collective | None:
+    """The collective, or None where it says that it cannot work on so many ranks."""
+    try:
+        return collectives.get(name)(comm, node, reproducible=reproducible)
+    except UserError:
+        return None
+
+
+def values(rank: int, count: int, dtype: str, seed: int = 0) -> np.ndarray:
+    """What `rank` contributes: random, of very different sizes, so that the order of a sum shows in its last bits."""
+    random = np.random.default_rng([rank, count, seed])
+    if dtype == "int64":
+        return random.integers(-(2**40), 2**40, count)
+    return (random.normal(size=count) * 10.0 ** random.integers(-3, 4, count)).astype(dtype)
+
+
+def expected(size: int, count: int, dtype: str, seed: int = 0) -> np.ndarray:
+    """The sum over ranks, in float64 (integers exactly)."""
+    wide = np.int64 if dtype == "int64" else np.float64
+    return sum((values(rank, count, dtype, seed).astype(wide) for rank in range(size)), np.zeros(count, wide))
+
+
+def in_tree_order(size: int, count: int, dtype: str, seed: int = 0) -> np.ndarray:
+    """The sum over ranks in its own precision, in the order of order.tree."""
+    held = [values(rank, count, dtype, seed) for rank in range(size)]
+    for into, other in order.tree(size):
+        held[into] = held[into] + held[other]
+    return held[0]
+
+
+def close(got: np.ndarray, wanted: np.ndarray, size: int) -> bool:
+    """Within the rounding of `size` additions of numbers up to 1e4."""
+    if got.dtype == np.int64:
+        return bool((got == wanted).all())
+    return bool(np.allclose(got, wanted, rtol=0, atol=size * 4e4 * np.finfo(got.dtype).eps))

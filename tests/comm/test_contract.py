@@ -1,0 +1,144 @@
+"""What every entry of the collectives menu promises, checked on every file of the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mpi4py import MPI
+
+from mpilm.comm import collectives, order
+from mpilm.comm.collectives import Collective
+from mpilm.comm.node import Node
+from mpilm.log import UserError
+from tests.comm import cases
+from tests.helpers import everywhere, same_everywhere
+
+Watch = Callable[[float], AbstractContextManager[None]]
+
+
+@pytest.fixture(params=collectives.names())
+def collective(request: pytest.FixtureRequest, comm: MPI.Comm) -> Iterator[Collective]:
+    """Every file of the menu, skipped where it has said why it cannot work."""
+    node = Node.build(comm)
+    built = cases.build(request.param, comm, node)
+    if built is None:
+        node.free()
+        pytest.skip(f"{request.param} does not take {comm.size} ranks")
+    yield built
+    built.free()
+    node.free()
+
+
+@settings(max_examples=25)
+@given(count=st.integers(0, 70_000), dtype=st.sampled_from(cases.DTYPES), ours=st.booleans(), seed=st.integers(0, 99))
+@example(count=0, dtype="float32", ours=True, seed=0)
+@example(count=1, dtype="float64", ours=False, seed=0)
+@example(count=1, dtype="int64", ours=True, seed=0)
+@example(count=2, dtype="float32", ours=True, seed=0)
+@example(count=3, dtype="float32", ours=False, seed=0)
+@example(count=order.BLOCK * 5 + 7, dtype="float32", ours=True, seed=0)
+@example(count=1_500_001, dtype="float32", ours=False, seed=0)
+@example(count=1_500_001, dtype="float32", ours=True, seed=0)
+@example(count=700_001, dtype="float64", ours=False, seed=0)
+def test_sums_like_numpy_and_all_ranks_hold_the_same_bits(
+    collective: Collective, count: int, dtype: str, ours: bool, seed: int
+) -> None:
+    comm = collective.comm
+    buffer = collective.allocate(count, dtype) if ours else np.empty(count, dtype)
+    buffer[:] = cases.values(comm.rank, count, dtype, seed)
+    collective.allreduce(buffer)
+    everywhere(comm, cases.close(buffer, cases.expected(comm.size, count, dtype, seed), comm.size), "the sum")
+    same_everywhere(comm, buffer)
+
+
+@settings(max_examples=10)
+@given(count=st.integers(0, 200_000), dtype=st.sampled_from(cases.DTYPES), ours=st.booleans())
+def test_reduce_leaves_the_sum_with_its_owners(collective: Collective, count: int, dtype: str, ours: bool) -> None:
+    comm = collective.comm
+    buffer = collective.allocate(count, dtype) if ours else np.empty(count, dtype)
+    buffer[:] = cases.values(comm.rank, count, dtype)
+    collective.reduce(buffer)
+    own = order.segments(count, collective.owners.size)[collective.owners.rank]
+    everywhere(comm, cases.close(buffer[own], cases.expected(comm.size, count, dtype)[own], comm.size), "my segment")
+
+
+def test_allocates_zeroed_aligned_memory(collective: Collective) -> None:
+    for count in (0, 1, 1000):
+        buffer = collective.allocate(count, np.float32)
+        assert (buffer.shape, buffer.dtype) == ((count,), np.float32)
+        assert not buffer.any()
+        assert buffer.ctypes.data % 64 == 0 or count == 0
+
+
+def test_sums_again_and_again(collective: Collective) -> None:
+    """Nothing of one sum leaks into the next, whoever is late."""
+    comm = collective.comm
+    buffer, other = collective.allocate(5000, np.int64), np.zeros(5000, np.int64)
+    for turn in range(20):
+        for array in (buffer, other):
+            array[:] = turn + comm.rank
+            collective.allreduce(array)
+            everywhere(comm, (array == comm.size * turn + sum(range(comm.size))).all(), f"turn {turn}")
+
+
+@pytest.mark.parametrize("array", [
+    np.zeros(4, np.float16), np.zeros(4, np.int32), np.zeros(4, np.uint16), np.zeros(4, np.complex64),
+    np.zeros((2, 2), np.float32), np.zeros(8, np.float32)[::2], np.frombuffer(bytes(16), np.float32), [1.0, 2.0],
+], ids=["float16", "int32", "uint16", "complex64", "2-D", "strided", "read-only", "list"])
+def test_what_it_cannot_sum_is_a_type_error(collective: Collective, array: np.ndarray, watch: Watch) -> None:
+    with watch(20), pytest.raises(TypeError, match="float32, float64, int64"):
+        collective.allreduce(array)
+
+
+@pytest.mark.ranks(min=2)
+def test_one_rank_with_a_wrong_type_is_an_error_on_all(collective: Collective, watch: Watch) -> None:
+    last = collective.comm.rank == collective.comm.size - 1
+    with watch(20), pytest.raises(TypeError if last else ValueError, match=r"float16|unusable"):
+        collective.allreduce(np.zeros(4, np.float16 if last else np.float32))
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("method", ["allreduce", "reduce"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_lengths_that_differ_are_an_error_not_a_hang(
+    collective: Collective, method: str, ours: bool, watch: Watch
+) -> None:
+    comm = collective.comm
+    count = 1000 + (comm.rank == comm.size - 1)
+    buffer = collective.allocate(1001, np.float32)[:count] if ours else np.zeros(count, np.float32)
+    with watch(20), pytest.raises(ValueError, match=f"rank 0: 1000 x float32.*rank {comm.size - 1}: 1001 x float32"):
+        getattr(collective, method)(buffer)
+    with watch(20):
+        collective.allreduce(np.ones(3, np.float32))  # it still works afterwards
+
+
+@pytest.mark.ranks(min=2)
+def test_dtypes_that_differ_are_an_error_not_a_hang(collective: Collective, watch: Watch) -> None:
+    dtype = np.float64 if collective.comm.rank else np.float32
+    with watch(20), pytest.raises(ValueError, match=r"rank 0: 8 x float32; rank 1: 8 x float64"):
+        collective.allreduce(np.zeros(8, dtype))
+
+
+def test_reproducible_means_tree_order(collective: Collective) -> None:
+    comm = collective.comm
+    if not collective.fixed_order:
+        with pytest.raises(UserError, match=r"shared or tree.*--run\.reproducible false"):
+            type(collective)(comm, collective.node, reproducible=True)
+        return
+    fixed = type(collective)(comm, collective.node, reproducible=True)
+    for count, dtype in ((7, "float32"), (100_003, "float32"), (50_001, "float64")):
+        for buffer in (fixed.allocate(count, dtype), np.empty(count, dtype)):
+            buffer[:] = cases.values(comm.rank, count, dtype)
+            fixed.allreduce(buffer)
+            everywhere(comm, (buffer == cases.in_tree_order(comm.size, count, dtype)).all(), f"{count} x {dtype}")
+    fixed.free()
+
+
+def test_a_name_that_is_no_file_lists_those_that_are() -> None:
+    with pytest.raises(UserError, match=r"collective rings.*mpi, ring, shared, tree"):
+        collectives.get("rings")
