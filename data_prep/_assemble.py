@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep._encoder import Encoder
-from data_prep._parts import Record, write_json
+from data_prep._parts import Record
+from mpilm.data._files import file_sha256, write_json
 from mpilm.data._format import SPLITS, Index, Shard, shard_name
-from mpilm.data._shardfile import attributes, file_sha256, write
+from mpilm.data._shardfile import attributes, write
 
 CHUNK_TOKENS = 4 << 20
 

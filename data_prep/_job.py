@@ -17,12 +17,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data_prep._parts import Record, write_json
 from data_prep._sources import Source
+from mpilm.data._files import write_bytes, write_json
 from mpilm.data._format import INDEX, SPLITS, UNFINISHED
 from mpilm.log import UserError
+
+if TYPE_CHECKING:
+    from data_prep._parts import Record
 
 JOB = "job.json"
 MEANINGS = {"tokenizer": "--tokenizer", "validation": "--validation", "field": "--field", "version": "mpilm's version",
@@ -64,44 +67,38 @@ def is_finished(directory: Path, job: Job) -> bool:
     return False
 
 
-def start(directory: Path, job: Job) -> dict[int, Record]:
+def start(directory: Path, job: Job, *, token_bytes: int) -> dict[int, Record]:
     """Make the folder for unfinished work, or enter it, and return the records of the units that are done."""
     parts = directory / UNFINISHED
-    parts.mkdir(parents=True, exist_ok=True)
     if not (parts / JOB).exists():
+        discard(directory)
+        parts.mkdir(parents=True)
         write_json(parts / JOB, job.to_json())
-    records = (_record(path) for path in sorted(parts.glob("[0-9]*.json")))
+    records = (_record(path, token_bytes) for path in sorted(parts.glob("[0-9]*.json")))
     return {record["unit"]: record for record in records if record is not None}
 
 
-def finish(directory: Path) -> None:
-    """Keep the job beside its result and remove what only unfinished work needs. May be called again."""
-    job = directory / UNFINISHED / JOB
-    if job.exists():
-        os.replace(job, directory / JOB)
-    discard(directory)
+def keep(directory: Path) -> None:
+    """Copy the job beside its result. Comes before the index, which says that all is done."""
+    write_bytes(directory / JOB, (directory / UNFINISHED / JOB).read_bytes())
 
 
 def discard(directory: Path) -> None:
-    """Remove all unfinished work."""
+    """Remove what only unfinished work needs. Killed in the middle, what is left still names its job."""
     parts = directory / UNFINISHED
     if parts.exists():
-        for path in parts.iterdir():
+        for path in sorted(parts.iterdir(), key=lambda path: path.name == JOB):
             path.unlink()
         parts.rmdir()
 
 
-def _record(path: Path) -> Record | None:
+def _record(path: Path, token_bytes: int) -> Record | None:
     """A unit's record, if its files are there in full."""
     try:
         record: Record = json.loads(path.read_bytes())
-        for split in SPLITS:
-            stem = path.with_suffix("")
-            if os.path.getsize(f"{stem}.{split}.documents") != 8 * record[split]["num_documents"]:
-                return None
-            if os.path.getsize(f"{stem}.{split}.tokens") % max(record[split]["num_tokens"], 1):
-                return None
-        return record
+        sizes = [(f"{path.with_suffix('')}.{split}.{name}", width * record[split][f"num_{name}"])
+                 for split in SPLITS for name, width in (("tokens", token_bytes), ("documents", 8))]
+        return record if all(os.path.getsize(file) == size for file, size in sizes) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -11,7 +11,6 @@ again from its beginning. So no document is lost and none is doubled.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +23,8 @@ import numpy as np
 from data_prep._encoder import Encoder
 from data_prep._readers import Piece, read
 from data_prep._units import Unit
+from mpilm.data._files import write_json
 from mpilm.data._format import SPLITS
-from mpilm.data._shardfile import sync
 
 BATCH_CHARACTERS, BATCH_PIECES = 2 << 20, 4096
 
@@ -97,7 +96,8 @@ class _Output:
     def finish(self) -> dict[str, int]:
         for file in (self._tokens, self._documents):
             file.flush()
-            os.fsync(file.fileno())
+            if file.tell():
+                os.fsync(file.fileno())
         return {"num_tokens": self._num_tokens, "num_documents": self._num_documents}
 
     def __enter__(self) -> Self:
@@ -106,17 +106,3 @@ class _Output:
     def __exit__(self, *_: object) -> None:
         self._tokens.close()
         self._documents.close()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file that appears whole or not at all, and is on disk when this returns."""
-    write_bytes(path, json.dumps(value).encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, and is on disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)

@@ -145,10 +145,10 @@ def _plan(inputs: Sequence[str | Path], folder: Path, encoder: Encoder,
         job = _job.Job(tokenizer=encoder.sha256, end_of_text=encoder.end_of_text, validation=settings.validation,
                        field=settings.field, shard_mib=settings.shard_mib, unit_bytes=unit_bytes, sources=sources)
         if _job.is_finished(folder, job):
-            _job.finish(folder)
+            _job.discard(folder)
             return None
         units = _units.divide(sources, validation=settings.validation, unit_bytes=unit_bytes)
-        records = _job.start(folder, job)
+        records = _job.start(folder, job, token_bytes=int(encoder.dtype[-1]))
     done = f", {len(records):,} of them done already" if records else ""
     say(f"{len(sources):,} files, {sum(source.size for source in sources) / 1e6:,.1f} MB, in {len(units):,} units of "
         f"work{done}")
@@ -178,11 +178,11 @@ def _write_shards(records: list[Record], folder: Path, encoder: Encoder, setting
                   comm: MPI.Comm) -> Assembly:
     """Units' files -> shards, tokenizer and, last of all, the index."""
     from data_prep._assemble import Assembly, write_all
-    from data_prep._parts import write_bytes
+    from mpilm.data._files import sync, write_bytes
 
     assembly = Assembly(folder, folder / UNFINISHED, records, encoder, shard_bytes=int(settings.shard_mib * 2**20))
     _require_documents(assembly, folder, settings, comm)
-    total = sum(assembly.num_tokens(split) for split in SPLITS) * (2 if encoder.dtype == "<u2" else 4)
+    total = sum(assembly.num_tokens(split) for split in SPLITS) * int(encoder.dtype[-1])
     with Progress("writing shards", total=total // comm.size, show=comm.rank == 0) as progress:
         mine = write_all(assembly, comm.rank, comm.size, progress.advance)
     _wait(comm)
@@ -191,9 +191,11 @@ def _write_shards(records: list[Record], folder: Path, encoder: Encoder, setting
     def complete() -> None:
         with _disk_errors(folder):
             write_bytes(folder / TOKENIZER, encoder.content)
+            _job.keep(folder)
             index = assembly.index([lines[place] for place in range(len(assembly.shards))])
             write_bytes(folder / INDEX, index.to_bytes())
-            _job.finish(folder)
+            sync(folder)
+            _job.discard(folder)
 
     on_root(comm, complete)
     return assembly

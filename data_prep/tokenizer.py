@@ -57,7 +57,7 @@ def train(inputs: Sequence[str | Path], to: str | Path, *, vocab_size: int, fiel
         UserError: Names the setting or the input that is wrong.
     """
     from data_prep._encoder import use_threads
-    from data_prep._parts import write_bytes
+    from mpilm.data._files import write_bytes
 
     if not NUM_BYTES < vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"--vocab_size {vocab_size}: give a number from {NUM_BYTES + 1} (every byte and the end of a "

@@ -72,8 +72,9 @@ def check_shard(folder: Path, index: Index, split: str, number: int) -> None:
     """Raise UserError unless a shard is, byte for byte, what was written, and what is in it makes sense."""
     import numpy as np
 
+    from mpilm.data._files import file_sha256
     from mpilm.data._format import damaged
-    from mpilm.data._shardfile import check_size, file_sha256, open_shard
+    from mpilm.data._shardfile import check_size, open_shard
 
     shard = index.splits[split][number]
     path = folder / shard.file

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from mpilm.data._files import file_sha256, sync
 from mpilm.data._format import FORMAT, VERSION, Index, Shard, damaged
 from mpilm.log import UserError
 
 MAX_ATTRIBUTE_BYTES = 1024
-READ_BYTES = 8 << 20
 
 
 def attributes(index: Index, split: str, number: int, *, first_document: int) -> dict[str, int | str]:
@@ -69,24 +69,6 @@ def write(path: Path, values: dict[str, int | str], chunks: Iterable[np.ndarray]
     os.replace(temporary, path)
     sync(path.parent)
     return shard
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, read piecewise."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def open_shard(folder: Path, index: Index, split: str, number: int, *,

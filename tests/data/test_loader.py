@@ -1,6 +1,7 @@
 """Loader: slots of the global batch, whoever has them; the thread's errors come out of `batch`."""
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_a_batch(dataset, sampler):
 def test_ranks_have_the_same_global_batch(dataset, sampler, ranks):
     cuts = [rank * 8 // ranks for rank in range(ranks + 1)]
     parts = []
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in pairwise(cuts):
         with loader(dataset, sampler, range(low, high)) as loads:
             parts.append(loads.batch(2).inputs)
     with loader(dataset, sampler, range(8)) as loads:

@@ -111,7 +111,7 @@ def test_an_empty_split(tmp_path):
 def test_num_sequences(dataset):
     assert dataset.num_sequences(dataset.num_tokens - 1) == 1
     assert dataset.num_sequences(16) == (dataset.num_tokens - 1) // 16
-    with pytest.raises(UserError, match="--data.sequence_length"):
+    with pytest.raises(UserError, match=r"--data\.sequence_length"):
         dataset.num_sequences(dataset.num_tokens)
 
 

@@ -1,0 +1,215 @@
+"""Encoding: every document once, in its split, for any kind of input. See test_encode_ranks.py for several ranks."""
+
+import json
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from tokenizers import Tokenizer, models
+
+from data_prep import encode as program
+from data_prep.encode import Settings, encode
+from mpilm.data.shards import Dataset
+from mpilm.log import UserError
+from tests.data_prep.texts import PACKINGS, contents, decoded, jsonl, some, train, write
+
+pytestmark = pytest.mark.serial
+DOCUMENTS = some(300)
+SMALL = Settings(validation=0.1, shard_mib=0.004, unit_mib=0.01)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return train(tmp_path, DOCUMENTS)
+
+
+def alone(inputs, tokenizer, to, settings=SMALL, **options):
+    """Encode on this rank by itself."""
+    return encode(inputs, tokenizer, to, MPI.COMM_SELF, settings=settings, **options)
+
+
+def all_of(folder):
+    """The documents of both splits."""
+    return decoded(folder) + decoded(folder, "validation")
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_every_document_once(tmp_path, tokenizer, kind, packing):
+    source = write(tmp_path / "in", DOCUMENTS, kind, packing=packing)
+    folder = alone([source], tokenizer, tmp_path / "out")
+    assert sorted(all_of(folder)) == sorted(DOCUMENTS)
+    assert 10 < len(decoded(folder, "validation")) < 60
+    assert not (folder / "unfinished").exists()
+    if kind != "txt":  # in the order of the input
+        order = {text: number for number, text in enumerate(DOCUMENTS)}
+        assert sorted(decoded(folder), key=order.__getitem__) == decoded(folder)
+
+
+def test_kinds_do_not_change_tokens(tmp_path, tokenizer):
+    """The same documents in the same order give the same dataset, bit for bit, whatever they came in."""
+    found = [contents(alone([write(tmp_path / f"in-{kind}{packing}", DOCUMENTS, kind, packing=packing)], tokenizer,
+                            tmp_path / f"out-{kind}{packing}"))
+             for kind, packing in (("txt", ".zst"), ("jsonl", ""), ("parquet", ""))]
+    assert all(other == found[0] for other in found)
+
+
+def test_shards_are_few_and_of_one_size(tmp_path, tokenizer):
+    source = write(tmp_path / "in", DOCUMENTS, "txt")
+    one = alone([source], tokenizer, tmp_path / "one", Settings(validation=0))
+    assert sorted(contents(one)) == ["index.json", "tokenizer.json", "train-00000.h5"]
+    cut = Dataset.open(alone([source], tokenizer, tmp_path / "cut"))
+    whole = Dataset.open(alone([source], tokenizer, tmp_path / "whole", Settings(validation=0.1)))
+    assert [tokens.size for tokens, _ in cut._shards[:-1]] == [int(0.004 * 2**20) // 2] * (len(cut._shards) - 1)
+    assert np.array_equal(cut.read(0, cut.num_tokens), whole.read(0, whole.num_tokens))
+    assert np.array_equal(cut.documents(0, cut.num_tokens), whole.documents(0, whole.num_tokens))
+
+
+def test_the_split_goes_by_content(tmp_path, tokenizer):
+    """Another order, other files, more documents: each document stays in its split, and so do its doubles."""
+    write(tmp_path / "a", DOCUMENTS, "jsonl")
+    write(tmp_path / "b", [*DOCUMENTS[::-1], *DOCUMENTS, "something new"], "txt")
+    first, second = (alone([tmp_path / name], tokenizer, tmp_path / f"out-{name}") for name in "ab")
+    assert set(decoded(first, "validation")) <= set(decoded(second, "validation"))
+    assert not set(decoded(second)) & set(decoded(second, "validation"))
+
+
+def test_long_documents_are_cut_without_a_trace(tmp_path, tokenizer):
+    long = "\n".join(DOCUMENTS) * 10
+    write(tmp_path / "in", [long, "short", long + "x"], "jsonl", files=1)
+    (tmp_path / "in" / "z.txt").write_text(long)
+    folder = alone([tmp_path / "in"], tokenizer, tmp_path / "out", Settings(validation=0, unit_mib=0.2))
+    assert decoded(folder) == [long, "short", long + "x", long]
+
+
+def test_a_lone_text_file_gets_a_validation_split(tmp_path, tokenizer):
+    """What people have who come from nanoGPT: one input.txt."""
+    text = "\n".join(DOCUMENTS)
+    (tmp_path / "input.txt").write_text(text)
+    folder = alone([tmp_path / "input.txt"], tokenizer, tmp_path / "out")
+    assert decoded(folder) + decoded(folder, "validation") == ["".join(decoded(folder)), text[len(decoded(folder)[0]):]]
+    assert 0.08 < len(decoded(folder, "validation")[0]) / len(text) < 0.12
+
+
+def test_a_text_cannot_end_itself(tmp_path, tokenizer):
+    write(tmp_path / "in", ["a <|endoftext|> b", "<|endoftext|>"], "txt")
+    folder = alone([tmp_path / "in"], tokenizer, tmp_path / "out", Settings(validation=0))
+    assert decoded(folder) == ["a <|endoftext|> b", "<|endoftext|>"]
+
+
+def test_empty_documents_are_left_out(tmp_path, tokenizer, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(["", "x", None, ""]))
+    (tmp_path / "in" / "b.txt").write_text("")
+    folder = alone([tmp_path / "in"], tokenizer, tmp_path / "out", Settings(validation=0))
+    assert decoded(folder) == ["x"]
+    assert "4 empty documents are left out" in capsys.readouterr().out
+
+
+def test_no_documents_at_all(tmp_path, tokenizer):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "b.txt").write_text("")
+    with pytest.raises(UserError, match="no documents in the input"):
+        alone([tmp_path / "in"], tokenizer, tmp_path / "out")
+    (tmp_path / "in" / "b.txt").write_text("now there is one")
+    assert decoded(alone([tmp_path / "in"], tokenizer, tmp_path / "out", Settings(validation=0)))
+
+
+def test_all_in_validation(tmp_path, tokenizer):
+    write(tmp_path / "in", ["a", "b"], "jsonl")
+    with pytest.raises(UserError, match=r"All 2 documents fell to the validation split.*smaller than 0\.99999"):
+        alone([tmp_path / "in"], tokenizer, tmp_path / "out", Settings(validation=0.99999))
+
+
+def test_too_few_for_validation(tmp_path, tokenizer, capsys):
+    write(tmp_path / "in", ["a", "b"], "jsonl")
+    alone([tmp_path / "in"], tokenizer, tmp_path / "out", Settings(validation=1e-9))
+    assert "validation split is empty: 2 documents are too few" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (Settings(validation=1.0), "--validation 1.0"), (Settings(validation=-0.1), "--validation -0.1"),
+    (Settings(validation=float("nan")), "--validation nan"), (Settings(shard_mib=0), "--shard_mib 0"),
+    (Settings(unit_mib=-1), "--unit_mib -1"), (Settings(end_of_text="<nope>"), "looked for '<nope>'"),
+    (Settings(field="body"), "--field"),
+])
+def test_settings_that_make_no_sense(tmp_path, tokenizer, settings, words):
+    write(tmp_path / "in", DOCUMENTS[:5], "jsonl")
+    with pytest.raises(UserError, match=words):
+        alone([tmp_path / "in"], tokenizer, tmp_path / "out", settings)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "\0", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+def test_not_a_tokenizer(tmp_path, content):
+    write(tmp_path / "in", DOCUMENTS[:5], "jsonl")
+    path = tmp_path / "bad.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"--tokenizer .*bad\.json: .*data_prep\.tokenizer"):
+        alone([tmp_path / "in"], path, tmp_path / "out")
+
+
+def test_any_tokenizer_json(tmp_path):
+    """Another model, no byte alphabet, a large vocabulary, padding and truncation switched on: all of no matter."""
+    vocab = {"[UNK]": 0, "a": 1, "b": 2, "</s>": 70_000}
+    other = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    other.enable_padding(length=64)
+    other.enable_truncation(1)
+    other.save(str(tmp_path / "other.json"))
+    write(tmp_path / "in", ["a", "b"], "jsonl")
+    data = Dataset.open(alone([tmp_path / "in"], tmp_path / "other.json", tmp_path / "out", Settings(validation=0)))
+    assert (data.vocab_size, data.end_of_text, data.dtype) == (70_001, 70_000, np.uint32)
+    assert data.read(0, data.num_tokens).tolist() == [1, 70_000, 2, 70_000]
+
+
+def test_no_end_of_text(tmp_path):
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "other.json"))
+    write(tmp_path / "in", ["a"], "jsonl")
+    with pytest.raises(UserError, match="--end_of_text"):
+        alone([tmp_path / "in"], tmp_path / "other.json", tmp_path / "out")
+
+
+def test_a_second_call_has_nothing_to_do(tmp_path, tokenizer, capsys):
+    write(tmp_path / "in", DOCUMENTS, "jsonl")
+    folder = alone([tmp_path / "in"], tokenizer, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    alone([tmp_path / "in"], tokenizer, tmp_path / "out")
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_folder_that_holds_something_else(tmp_path, tokenizer):
+    write(tmp_path / "in", DOCUMENTS, "jsonl")
+    folder = alone([tmp_path / "in"], tokenizer, tmp_path / "out")
+    with pytest.raises(UserError, match=r"already holds a dataset.*--validation differs"):
+        alone([tmp_path / "in"], tokenizer, folder, Settings(validation=0.5))
+    with pytest.raises(UserError, match="--tokenizer differs"):
+        alone([tmp_path / "in"], train(tmp_path / "other", DOCUMENTS[:9]), folder)
+    write(tmp_path / "in", ["more"], "txt")
+    with pytest.raises(UserError, match=r"changed input: .*000000\.txt"):
+        alone([tmp_path / "in"], tokenizer, folder)
+    (folder / "job.json").unlink()
+    with pytest.raises(UserError, match="does not say from what"):
+        alone([tmp_path / "in"], tokenizer, folder)
+
+
+def test_two_at_a_time(tmp_path, tokenizer):
+    write(tmp_path / "in", DOCUMENTS, "jsonl")
+    with program._job.locked(tmp_path / "out", wait_s=0), pytest.raises(UserError, match="another process is writing"):
+        alone([tmp_path / "in"], tokenizer, tmp_path / "out", wait_s=0.1)
+
+
+def test_a_target_that_is_a_file(tmp_path, tokenizer):
+    write(tmp_path / "in", DOCUMENTS, "jsonl")
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="out: File exists"):
+        alone([tmp_path / "in"], tokenizer, tmp_path / "out")
+
+
+def test_the_index_says_what_is_there(tmp_path, tokenizer):
+    write(tmp_path / "in", DOCUMENTS, "jsonl")
+    index = json.loads((alone([tmp_path / "in"], tokenizer, tmp_path / "out") / "index.json").read_text())
+    assert index["format"] == "mpilm-tokens"
+    assert index["version"] == 1
+    assert index["dtype"] == "<u2"
+    assert sum(shard["num_documents"] for split in index["splits"].values() for shard in split) == 300
