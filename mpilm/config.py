@@ -37,7 +37,7 @@ class Run:
     """
 
     dir: str = "runs/demo"
-    steps: int = 600
+    steps: int = 450
     seed: int = 1
     resume: str = "auto"
     reproducible: bool = True
@@ -61,8 +61,8 @@ class Data:
 
     path: str = ""
     sequence_length: int = 256
-    global_batch_size: int = 32
-    micro_batch_size: int = 4
+    global_batch_size: int = 16
+    micro_batch_size: int = 2
     mask_documents: bool = False
 
 
@@ -84,8 +84,8 @@ class Model:
     """
 
     kind: str = "gpt"
-    layers: int = 6
-    width: int = 256
+    layers: int = 4
+    width: int = 128
     heads: int = 4
     kv_heads: int = 0
     hidden: int = 0
@@ -112,9 +112,9 @@ class Optim:
         clip: Largest global gradient norm; 0: no clipping.
     """
 
-    lr: float = 2e-3
+    lr: float = 5e-3
     schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = 50
+    warmup_steps: int = 40
     decay_fraction: float = 0.2
     min_lr: float = 0.1
     beta1: float = 0.9
@@ -162,7 +162,7 @@ class Checkpoint:
         keep_every: Keep those at multiples of this step for good; 0: none.
     """
 
-    every: int = 200
+    every: int = 150
     keep_last: int = 2
     keep_every: int = 0
 
@@ -179,7 +179,7 @@ class Log:
     """
 
     every: int = 10
-    validate_every: int = 100
+    validate_every: int = 150
     validation_sequences: int = 128
     tensorboard: bool = True
 
