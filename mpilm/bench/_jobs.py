@@ -78,8 +78,11 @@ class Job:
 
     def run(self, steps: int) -> float:
         """Train; seconds of the slowest process."""
-        for connection in self._connections:
-            connection.sendall(json.dumps({"steps": steps}).encode() + b"\n")
+        try:
+            for connection in self._connections:
+                connection.sendall(json.dumps({"steps": steps}).encode() + b"\n")
+        except OSError:
+            raise JobError(self._report("ended")) from None
         replies = self._replies()
         self.max_rss = max(self.max_rss, *(reply["max_rss_kib"] * 1024 for reply in replies))
         self.loss = sum(reply["losses"][-1] for reply in replies) / len(replies)
@@ -154,12 +157,16 @@ class Job:
             while waiting.get_map():
                 for key, _ in waiting.select(POLL_S):
                     waiting.unregister(key.fileobj)
-                    replies.append(self._reply(key.data.readline()))
+                    replies.append(self._reply(key.data))
                 self._check_alive(deadline)
         return replies
 
-    def _reply(self, line: str) -> dict[str, Any]:
-        if not line:
+    def _reply(self, file: IO[str]) -> dict[str, Any]:
+        try:
+            line = file.readline()
+        except OSError:
+            line = ""
+        if not line.endswith("\n"):
             raise JobError(self._report("ended"))
         reply: dict[str, Any] = json.loads(line)
         return reply

@@ -81,7 +81,8 @@ def compete(case: Case, whos: Sequence[Who], *, cores: Sequence[int], size: int,
                     job = field_.start(others.pop(0), group)
                     jobs += [job] if job else []
                 results.num_groups += 1
-                _rounds(jobs, plan, results)
+                alive = _rounds(jobs, plan, results)
+                first = [job for job in first if job in alive]
     return results
 
 
@@ -124,21 +125,24 @@ class _Field:
         return _memory.available() > ROOM * self.largest + RESERVE
 
 
-def _rounds(jobs: list[Job], plan: Plan, results: Results) -> None:
+def _rounds(jobs: list[Job], plan: Plan, results: Results) -> list[Job]:
+    """Returns those who came to the end."""
     for turn in range(plan.rounds):
-        _progress(f"group {results.num_groups}, {len(jobs)} contenders: round {turn + 1} of {plan.rounds}")
         seen: dict[str, float] = {}
         for place in range(len(jobs)):
             job = jobs[(place + turn) % len(jobs)]
             try:
                 job.run(SETTLE_STEPS)
                 seen[job.who.name] = job.case.tokens * plan.steps / job.run(plan.steps)
+                results.max_rss[job.who.name] = job.max_rss
             except JobError as error:
                 warn(str(error))
                 jobs = [other for other in jobs if other is not job]
                 break
         results.rounds.append(seen)
-    results.max_rss |= {job.who.name: job.max_rss for job in jobs}
+        rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in seen.items())
+        _progress(f"group {results.num_groups}, round {turn + 1} of {plan.rounds}, tokens/s: {rates}")
+    return jobs
 
 
 def _progress(text: str) -> None:

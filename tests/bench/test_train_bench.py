@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from mpilm.bench._contenders import CASES
 from mpilm.bench._jobs import Job, JobError
 from tests.helpers import run_nested
 
-WHO = ["mpilm-reproducible", "ddp", "fsdp2", "single-tuned"]
+WHO = ["mpilm-reproducible", "ddp", "fsdp2"]
 
 
 @pytest.mark.serial
@@ -27,7 +28,7 @@ def test_contenders_take_turns_and_json_has_an_object_a_line():
     assert [line["who"] for line in lines if (line["case"], line["unit"]) == ("tiny peak PSS", "MiB")] == WHO
     assert [line["who"] for line in lines if (line["case"], line["unit"]) == ("tiny peak RSS", "MiB")] == WHO
     assert all(line["value"] > 0 for line in lines)
-    assert "group 1, 4 contenders: round 2 of 2" in result.stderr
+    assert "group 1, round 2 of 2, tokens/s: ddp" in result.stderr
 
 
 @pytest.mark.serial
@@ -36,6 +37,16 @@ def test_a_contender_that_fails_tells_why():
     with pytest.raises(JobError, match=r"single ended.*\n[\s\S]*heads"), \
          Job(_contenders.parse("single"), odd, cores=range(os.cpu_count() or 1), size=1):
         pass
+
+
+@pytest.mark.serial
+def test_a_contender_that_is_killed_is_an_error():
+    with Job(_contenders.parse("single"), CASES["tiny"], cores=range(os.cpu_count() or 1), size=1) as job:
+        assert job.run(steps=2) > 0
+        os.kill(job.pids[0], signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(JobError, match="single ended"):
+                job.run(steps=1)
 
 
 @pytest.mark.serial
