@@ -77,13 +77,14 @@ def _try(comm: MPI.Comm, nbytes: int, way: str) -> tuple[mmap.mmap | None, str]:
             block = _map(descriptor, nbytes, identity, rank=comm.rank, size=comm.size)
         except (OSError, ValueError) as error:
             problem = _reason(way, error)
-    problems = [text for text in comm.allgather(problem) if text]
+    problems = comm.gather(problem)
     if comm.rank == 0 and way != "memfd":
         with suppress(OSError):
             os.unlink(path)
     if descriptor >= 0:
         os.close(descriptor)
-    return (None, problems[0]) if problems else (block, "")
+    problem = next(filter(None, comm.bcast(problems)), "")
+    return (None, problem) if problem else (block, "")
 
 
 def _create(way: str) -> tuple[int, str]:

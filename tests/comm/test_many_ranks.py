@@ -1,0 +1,77 @@
+"""What needs another number of ranks than the suite's: 5 to 8 of them, and a buffer beyond 2^31 bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.helpers import REPOSITORY, Result
+
+# More ranks than cores: whoever waits inside MPI should let the others run.
+YIELDING = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_POLLS_BEFORE_YIELD": "1"}
+
+PROGRAM = """
+import sys
+import numpy as np
+from mpi4py import MPI
+from mpilm.comm import collectives
+from mpilm.comm.node import Node
+from tests.comm import cases
+from tests.helpers import everywhere, same_everywhere
+comm = MPI.COMM_WORLD
+for ranks_per_node in (0, 3):
+    node = Node.build(comm, ranks_per_node=ranks_per_node)
+    for name in collectives.names():
+        for reproducible in (False, True):
+            collective = cases.build(name, comm, node, reproducible=reproducible)
+            for count, dtype in ((3, "int64"), (999, "float64"), (150_001, "float32")) if collective else ():
+                for buffer in (collective.allocate(count, dtype), np.empty(count, dtype)):
+                    buffer[:] = cases.values(comm.rank, count, dtype)
+                    collective.allreduce(buffer)
+                    wanted = cases.expected(comm.size, count, dtype)
+                    everywhere(comm, cases.close(buffer, wanted, comm.size), f"{name} {count}")
+                    same_everywhere(comm, buffer)
+                    ordered = cases.in_tree_order(comm.size, count, dtype)
+                    everywhere(comm, not reproducible or (buffer == ordered).all(), f"{name} {count}: order")
+print("summed", flush=True)
+"""
+
+LARGE = """
+import numpy as np
+from mpi4py import MPI
+from mpilm.comm import collectives
+from mpilm.comm.node import Node
+comm = MPI.COMM_WORLD
+node = Node.build(comm)
+count = 2**29 + 12_345
+for name in collectives.names():
+    collective = collectives.get(name)(comm, node)
+    buffer = collective.allocate(count, np.float32)
+    assert buffer.nbytes > 2**31
+    touched = [slice(0, 99), slice(2**28 - 99, 2**28 + 99), slice(2**29 - 99, 2**29 + 99), slice(count - 99, count)]
+    for number, part in enumerate(touched):
+        buffer[part] = number + comm.rank
+    collective.allreduce(buffer)
+    for number, part in enumerate(touched):
+        assert (buffer[part] == 2 * number + 1).all(), (name, number)
+    assert not buffer[2**28 + 99 : 2**29 - 99 : 4999].any(), name
+    collective.free()
+    del buffer
+print("summed", flush=True)
+"""
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("size", [5, 6, 7, 8])
+def test_more_ranks(run_mpi: Callable[..., Result], size: int) -> None:
+    result = run_mpi(size, ["-c", PROGRAM], cwd=REPOSITORY, timeout=180, env=YIELDING)
+    assert result.rc == 0, result.stderr
+    assert result.stdout.count("summed") == size
+
+
+@pytest.mark.serial
+def test_beyond_two_to_the_31_bytes(run_mpi: Callable[..., Result]) -> None:
+    result = run_mpi(2, ["-c", LARGE], cwd=REPOSITORY, timeout=300)
+    assert result.rc == 0, result.stderr
+    assert result.stdout.count("summed") == 2
