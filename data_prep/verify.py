@@ -9,6 +9,7 @@ mpirun the ranks share the shards.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +19,12 @@ from mpilm.launch import command, session
 from mpilm.log import UserError, say
 
 if TYPE_CHECKING:
+    import numpy as np
     from mpi4py import MPI
 
     from mpilm.data._format import Index
 
+CHUNK = 4 << 20
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, launch, verify."""
@@ -70,11 +73,9 @@ def _errors(check: object, *args: object) -> list[str]:
 
 def check_shard(folder: Path, index: Index, split: str, number: int) -> None:
     """Raise UserError unless a shard is, byte for byte, what was written, and what is in it makes sense."""
-    import numpy as np
-
     from mpilm.data._files import file_sha256
     from mpilm.data._format import damaged
-    from mpilm.data._shardfile import check_size, open_shard
+    from mpilm.data._shardfile import check_size, open_shard, stored_checksum
 
     shard = index.splits[split][number]
     path = folder / shard.file
@@ -83,14 +84,32 @@ def check_shard(folder: Path, index: Index, split: str, number: int) -> None:
         raise damaged(path, "damaged: its SHA-256 is not the one in the index")
     first = index.first_documents(split)[number]
     tokens, documents = open_shard(folder, index, split, number, first_document=first)
-    largest = max(int(tokens[at:at + (4 << 20)].max()) for at in range(0, tokens.size, 4 << 20))
-    if largest != shard.max_token:
-        raise damaged(path, f"its largest token is {largest}, the index says {shard.max_token}")
-    if documents.size and (documents[0] < 0 or documents[-1] >= tokens.size or (np.diff(documents) <= 0).any()):
-        raise damaged(path, "its document offsets are not in order")
-    inner = documents[documents > 0]
-    if (tokens[inner - 1] != index.end_of_text).any():
-        raise damaged(path, "a document in it does not end with the end-of-text token")
+    if _checksum(tokens, documents) != stored_checksum(path):
+        raise damaged(path, "damaged: its content does not fit its `checksum` attribute")
+    if problem := _nonsense(tokens, documents, max_token=shard.max_token, end_of_text=index.end_of_text):
+        raise damaged(path, problem)
+
+
+def _checksum(tokens: np.ndarray, documents: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in (tokens, documents):
+        for at in range(0, array.size, CHUNK):
+            digest.update(array[at:at + CHUNK].tobytes())
+    return digest.hexdigest()
+
+
+def _nonsense(tokens: np.ndarray, documents: np.ndarray, *, max_token: int, end_of_text: int) -> str:
+    """What contradicts itself in a shard, though its checksums fit."""
+    import numpy as np
+
+    largest = max(int(tokens[at:at + CHUNK].max()) for at in range(0, tokens.size, CHUNK))
+    if largest != max_token:
+        return f"its largest token is {largest}, the index says {max_token}"
+    if documents.size and ((np.diff(documents, prepend=-1) <= 0).any() or documents[-1] >= tokens.size):
+        return "its document offsets are not in order"
+    if (tokens[documents[documents > 0] - 1] != end_of_text).any():
+        return "a document in it does not end with the end-of-text token"
+    return ""
 
 
 if __name__ == "__main__":

@@ -71,6 +71,14 @@ def write(path: Path, values: dict[str, int | str], chunks: Iterable[np.ndarray]
     return shard
 
 
+def stored_checksum(path: Path) -> str:
+    """The SHA-256 of tokens and documents that a shard carries in its attributes."""
+    import h5py
+
+    with h5py.File(path, "r", locking=False) as file:
+        return str(_attribute(file, "checksum"))
+
+
 def open_shard(folder: Path, index: Index, split: str, number: int, *,
                first_document: int) -> tuple[np.ndarray, np.ndarray]:
     """Check a shard against the index and map it: (tokens [num_tokens], documents [num_documents] int64).
