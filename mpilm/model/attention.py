@@ -20,6 +20,7 @@ N = kv_heads x B, R = rows of queries that meet one block of keys: S x (heads / 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,17 +126,17 @@ class _Bands(torch.autograd.Function):
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Batched a @ b over the first two dimensions, which lie one after the other in memory."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(*a.shape[:2], a.shape[2], b.shape[3])
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     """Float32 scores [blocks, N, R, S] with a mask [blocks or 1, 1, B or 1, 1, S, S] added."""
-    tokens, batch = scores.shape[-1], mask.shape[2]
-    split = scores.float().unflatten(2, (-1, tokens)).unflatten(1, (-1, batch))
+    blocks, _, _, tokens = scores.shape
+    split = scores.float().view(blocks, -1, mask.shape[2], scores.shape[2] // tokens, tokens, tokens)
     return (split + mask).view(scores.shape)
 
 
-def _sum(bands: list[Tensor], add: Any) -> Tensor:
+def _sum(bands: list[Tensor], add: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Combine bands by their query blocks: band d begins at block d."""
     total = bands[0]
     for band, part in enumerate(bands[1:], 1):

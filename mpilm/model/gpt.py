@@ -75,7 +75,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             parts = self.shape.parts(name)
             rows = [dimensions[0] for dimensions in parts.values()]
-            yield from zip(parts, parameter.detach().split(rows), strict=True)
+            yield from zip(parts, torch.split(parameter.detach(), rows), strict=True)
 
     @torch.no_grad()
     def initialize(self, *, seed: int) -> None:

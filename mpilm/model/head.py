@@ -38,10 +38,10 @@ class Head(nn.Linear):
 
 
 def softmax(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(log of the sum of exponentials, float32 [rows, 1]; softmax * scale in the logits' dtype)."""
+    """(log of the sum of exponentials, float32 [rows]; softmax * scale in the logits' dtype)."""
     wide = logits.float()
-    total = wide.logsumexp(-1, keepdim=True)
-    return total, ((wide - total).exp() * scale).to(logits.dtype)
+    total = wide.logsumexp(-1)
+    return total, ((wide - total[:, None]).exp() * scale).to(logits.dtype)
 
 
 class _Loss(torch.autograd.Function):
@@ -51,10 +51,12 @@ class _Loss(torch.autograd.Function):
         dx, dweight, losses = [], None, []
         for rows, goals in _chunks(x, targets, len(weight)):
             logits = rows @ weight.t()
-            hit = logits.gather(1, goals[:, None]).float()
+            hits = torch.arange(len(rows), device=x.device), goals
+            hit = logits[hits].float()
             total, gradient = softmax(logits, 1 / len(x))
-            gradient.scatter_add_(1, goals[:, None], gradient.new_full((len(rows), 1), -1 / len(x)))
-            losses.append((total - hit).sum())
+            surprise = total - hit
+            gradient[hits] = (torch.expm1(-surprise) / len(x)).to(gradient.dtype)     # scatter_ would copy it all
+            losses.append(surprise.sum())
             dx.append(gradient @ weight)
             dweight = gradient.t() @ rows if dweight is None else dweight.addmm_(gradient.t(), rows)
         ctx.save_for_backward(torch.cat(dx) if len(dx) > 1 else dx[0], dweight)

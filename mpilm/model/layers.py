@@ -43,7 +43,7 @@ def rotary(length: int, head_width: int, theta: float, device: torch.device) -> 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """x [B, T, heads, D] turned by its position, in float32: pairs are (x[i], x[i + D/2])."""
-    halves = x.float().unflatten(-1, (2, -1))
+    halves = x.float().view(*x.shape[:-1], 2, x.shape[-1] // 2)
     return (halves * rotary[0] + halves.flip(-2) * rotary[1]).flatten(-2)
 
 
@@ -58,7 +58,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.float()).to(self.weight.dtype)
+        y: Tensor = wide * scale * self.weight.float()
+        return y.to(self.weight.dtype)
 
 
 class Attention(nn.Module):
@@ -72,7 +73,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(shape.width, shape.width, bias=False)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_width))                # B T H+2K D
+        qkv = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_width)             # B T H+2K D
         q, k, v = qkv.split(self.heads, dim=2)
         q = (rotate(q, places.rotary) * self.head_width ** -0.5).to(x.dtype)
         k = rotate(k, places.rotary).to(x.dtype)
@@ -125,4 +126,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), places)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return y
