@@ -30,8 +30,8 @@ def cut_at_or_after(text: bytes, position: int) -> int:
     line = text.find(b"\n", position - 1, window)
     if line >= 0:
         return line + 1
-    nearby = range(position, min(position + 4, len(text)))
-    return next((place for place in nearby if _begins_character(text[place])), position)
+    nearby = range(position, position + 4)
+    return next((place for place in nearby if place >= len(text) or _begins_character(text[place])), position)
 
 
 def cut_before(text: bytes, start: int, limit: int) -> int:

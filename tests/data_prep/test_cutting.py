@@ -52,6 +52,8 @@ def test_where_it_cuts():
     assert cut_before(text, 10, 20) == 17
     assert cut_before(text, 17, 20) == 20
     assert cut_before("漢字".encode(), 0, 4) == 3
+    assert cut_at_or_after("漢字".encode(), 1) == 3
+    assert cut_at_or_after("漢字".encode(), 4) == 6
 
 
 def test_bytes_that_are_no_characters():
