@@ -66,8 +66,8 @@ def test_no_mpi_library(tmp_path):
     packages = next((tmp_path / "lib").glob("python*/site-packages"))
     (packages / "ours.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     program = "from mpilm.launch import session\nwith session(): pass"
-    result = subprocess.run([tmp_path / "bin" / "python", "-c", program],
-                            env=clean_environment() | {"LD_LIBRARY_PATH": ""}, capture_output=True, text=True, check=False)
+    result = subprocess.run([tmp_path / "bin" / "python", "-c", program], capture_output=True, text=True, check=False,
+                            env=clean_environment() | {"LD_LIBRARY_PATH": ""})
     if result.returncode == 0:
         pytest.skip("the system has an MPI of its own")
     assert result.returncode == 2
