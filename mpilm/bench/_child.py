@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import socket
 import sys
 import time
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
     place = Place(rank, size, cores, os.path.join(task["directory"], RENDEZVOUS), who.variants)
     with who.load().contender(Case(**task["case"]), place) as step:
         serve(step, rank, os.path.join(task["directory"], SOCKET))
+    if rank == 0:  # also when the benchmark was killed
+        shutil.rmtree(task["directory"], ignore_errors=True)
 
 
 def _position(argv: Sequence[str]) -> tuple[int, int]:
