@@ -19,6 +19,7 @@ import signal
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from mpilm import placement, startup  # noqa: E402
 startup.start_mpi(placement.launcher(os.environ))
 
 import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
@@ -73,15 +75,18 @@ def pytest_report_header() -> str:
     return f"mpi: {vendor} {'.'.join(map(str, version))}, {WORLD.size} ranks"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, on all ranks alike, what does not fit the number of ranks."""
-    for item in items:
-        wanted = item.get_closest_marker("ranks")
-        least, most = (wanted.kwargs.get("min", 1), wanted.kwargs.get("max", WORLD.size)) if wanted else (1, WORLD.size)
-        if item.get_closest_marker("serial"):
-            most = 1
-        if not least <= WORLD.size <= most:
-            item.add_marker(pytest.mark.skip(reason=f"runs on {least} to {most} ranks"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, on all ranks alike, what does not fit the number of ranks."""
+    left_out = [item for item in items if not _fits(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if _fits(item)]
+
+
+def _fits(item: pytest.Item) -> bool:
+    wanted = item.get_closest_marker("ranks")
+    limits = wanted.kwargs if wanted else {}
+    most = 1 if item.get_closest_marker("serial") else limits.get("max", WORLD.size)
+    return limits.get("min", 1) <= WORLD.size <= most
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -155,11 +160,17 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 def _vote(config: pytest.Config, ballot: Any, *, failed: bool) -> list[Any]:
     """Exchange ballots. A rank that failed waits for its peers only so long: they may wait for it inside the test."""
-    gate, deadline = BALLOTS.Ibarrier(), time.monotonic() + GRACE_S
+    digest = zlib.crc32(repr(ballot).encode())
+    mine = np.array([failed, digest, -digest], np.int64)
+    highest = np.empty_like(mine)
+    gate, polls, deadline = BALLOTS.Iallreduce(mine, highest, MPI.MAX), 0, time.monotonic() + GRACE_S
     while not gate.Test():
         if failed and time.monotonic() > deadline:
             _abort(config, f"failed, and the others did not arrive within {GRACE_S:.0f} s\n{ballot[-1]}")
-        time.sleep(0.002)
+        polls += 1
+        time.sleep(0 if polls < 100 else 0.001)
+    if not highest[0] and highest[1] == -highest[2]:
+        return [ballot] * WORLD.size
     return BALLOTS.allgather(ballot)
 
 

@@ -65,7 +65,7 @@ def calm(tmp_path_factory):
 
 def test_counts(calm):
     assert calm.rc == 1
-    assert "2 failed, 4 passed, 2 skipped, 1 error" in calm.stdout, calm
+    assert "2 failed, 4 passed, 2 deselected, 1 error" in calm.stdout, calm
     assert calm.stdout.count("test session starts") == 1
 
 
