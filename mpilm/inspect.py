@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +77,30 @@ def text(about: dict[str, Any]) -> str:
     lines = [
         ("checkpoint", about["path"]),
         ("step", f"{about['step']:,}"),
-        ("layout", f"written by {about['ranks']} ranks, {about['files']} files, {about['bytes'] / 1e6:,.1f} MB"),
         ("parameters", f"{about['parameters']:,}"),
-        ("tensors", f"{about['tensors']:,} (weights and optimizer state)"),
         ("weights_sha256", about["weights_sha256"]),
-        *((f"meta.{key}", json.dumps(value)) for key, value in about["meta"].items()),
+        ("tensors", f"{about['tensors']:,}, weights and optimizer state, {about['bytes'] / 1e6:,.1f} MB"),
+        ("written", f"by {_count(about['ranks'], 'rank')} into {_count(about['files'], 'file')}"),
+        *_flat(about["meta"]),
     ]
-    return "\n".join(f"{name:<16}{value}" for name, value in lines)
+    width = 2 + max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _flat(meta: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """A line for each dictionary, with its plain values; dictionaries inside it come after it."""
+    for key, value in meta.items():
+        if not isinstance(value, dict):
+            yield prefix + key, str(value)
+            continue
+        plain = {name: inner for name, inner in value.items() if not isinstance(inner, dict)}
+        if plain:
+            yield prefix + key, ", ".join(f"{name} {inner}" for name, inner in plain.items())
+        yield from _flat({name: inner for name, inner in value.items() if name not in plain}, f"{prefix}{key}.")
 
 
 if __name__ == "__main__":

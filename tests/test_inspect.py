@@ -37,8 +37,16 @@ def test_a_run_and_its_newest_checkpoint_are_the_same(run, comm, capsys):
 def test_lines_for_a_person(run, capsys):
     assert inspect.main([str(run / "checkpoints" / "step-00000001")]) == 0
     shown = capsys.readouterr().out
-    for word in ("step            1\n", "parameters      497", "written by", "weights_sha256  "):
-        assert word in shown
+    for words in ("step            1\n", "parameters      497\n", "written         by ", "note            step 1\n"):
+        assert words in shown
+
+
+def test_what_a_run_says_about_itself_is_laid_out():
+    about = {"path": "p", "step": 1, "parameters": 2, "weights_sha256": "0", "tensors": 3, "ranks": 1, "files": 2,
+             "bytes": 0, "meta": {"layout": {"dp": 2, "pp": 1}, "config": {"run": {"seed": 1}, "model": {"layers": 6}}}}
+    assert inspect.text(about).splitlines()[-4:] == [
+        "written         by 1 rank into 2 files", "layout          dp 2, pp 1",
+        "config.run      seed 1", "config.model    layers 6"]
 
 
 def test_a_damaged_checkpoint_is_told_beside_the_json(run, comm, capsys):

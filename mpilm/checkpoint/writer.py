@@ -120,6 +120,7 @@ class Writer:
         needed = self.comm.allreduce(sum(piece.array.nbytes for piece in pieces))
         place = files.Place(self.directory, step, self.comm.rank, needed)
         meta = json.loads(json.dumps(meta))
+        # Pieces may lie in memory that other ranks write: all have arrived before the copy, none leaves before its end.
         views: list[memoryview] = self._on_every_rank(partial(self._snapshot.copy, dealt))
         self._on_every_rank(partial(self._begin, place))
         announced = [Piece(piece.name, piece.shape, piece.start, piece.array[:0]) for piece in pieces]
