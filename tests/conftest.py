@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import faulthandler
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -141,7 +142,7 @@ def _words(report: pytest.TestReport) -> str:
     if not report.failed:
         return ""
     captured = [f"--- {name} ---\n{text[-4000:]}" for name, text in report.sections]
-    return "\n".join([report.longreprtext, *captured])
+    return re.sub(r"\b0x[0-9a-f]{6,}", "0x...", "\n".join([report.longreprtext, *captured]))
 
 
 def _culprits(ballots: list[tuple[str, str]]) -> str:
