@@ -58,6 +58,7 @@ def test_what_is_written_is_read():
     assert [(run.start, run.count) for run in read.tensors["model.a"].runs] == [(0, 5), (5, 7)]
 
 
+@pytest.mark.serial
 @settings(max_examples=300)
 @given(st.data())
 def test_a_forged_manifest_makes_sense_or_is_refused(data):
@@ -75,6 +76,7 @@ def test_a_forged_manifest_makes_sense_or_is_refused(data):
     assert total <= sum(file.bytes for file in read.files.values())
 
 
+@pytest.mark.serial
 @settings(max_examples=200)
 @given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_anything_else_is_no_manifest(text):
@@ -131,6 +133,7 @@ def contents(path, data):
         os.close(file)
 
 
+@pytest.mark.serial
 @settings(max_examples=200)
 @given(st.data())
 def test_a_forged_header_makes_sense_or_is_refused(tmp_path_all, comm, data):
