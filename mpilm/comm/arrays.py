@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 DTYPES = tuple(np.dtype(name) for name in ("float32", "float64", "int64"))
 ALIGNMENT = 64  # bytes: a cache line and the widest vector register
-LEAST_MESSAGE = 4096  # elements; less is not worth cutting further
 MESSAGE_BYTES = 256 * 2**20  # no message is longer: MPI counts are 32-bit in many libraries
 
 

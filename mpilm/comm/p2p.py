@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from mpi4py import MPI
 
-SPIN_S = 50e-6
+SPIN_S = 500e-6  # longer than any message of comm/ takes once both sides are there
 NAP_S = 20e-6
 LONGEST_NAP_S = 500e-6
 

@@ -6,18 +6,22 @@ Blocks are small enough to stay in the cache between their stages, and they take
     block 0   stage 0           stage 1           ...
     block 1           stage 0           stage 1   ...
 
-One block's addition runs while the other's message is in flight.
+One block's addition runs while the other's message is in flight. A buffer that fits in the cache anyway is one block:
+there the fewest messages are the fastest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
 from mpilm.comm import arrays, p2p
+
+WHOLE_BYTES = 4 * 2**20  # a buffer up to this length is one block
 
 
 class Stage(NamedTuple):
@@ -30,7 +34,7 @@ class Stage(NamedTuple):
     add: bool
 
 
-Schedule = Callable[[int], list[Stage]]  # length of a block -> its stages
+Schedule = Callable[[int, int, int], list[Stage]]  # (length of a block, rank, size) -> its stages
 
 
 class Pipeline:
@@ -39,69 +43,65 @@ class Pipeline:
     Args:
         comm: Whose ranks the stages name.
         schedule: The stages of a block of a given length.
-        block_bytes: Length of a block, and so a bound on every message.
+        segment_bytes: Length of a block for each rank of `comm`.
         tag: Of all messages.
     """
 
-    def __init__(self, comm: MPI.Comm, schedule: Schedule, *, block_bytes: int, tag: int) -> None:
+    def __init__(self, comm: MPI.Comm, schedule: Schedule, *, segment_bytes: int, tag: int) -> None:
         self.comm = comm
-        self.schedule = schedule
-        self.block_bytes = block_bytes
         self.tag = tag
-        self._space: list[np.ndarray] = []
+        self.block_bytes = segment_bytes * comm.size
+        self._stages = cache(lambda length: schedule(length, comm.rank, comm.size))
+        self._space = [np.empty(0, np.uint8)] * 2
 
     def run(self, buffer: np.ndarray) -> None:
         """Take every block of a 1-D buffer through all its stages. Collective over `comm`."""
-        pending: _Exchange | None = None
+        before: _Exchange | None = None
         for turn, (block, stage) in enumerate(self._items(buffer)):
-            if pending and pending.block is block:
-                pending.finish()
-                pending = None
-            exchange = _Exchange(block, stage, self._receive_buffer(block, stage, turn % 2))
-            exchange.start(self.comm, self.tag)
-            if pending:
-                pending.finish()
-            pending = exchange
-        if pending:
-            pending.finish()
+            if before and before.block is block:
+                before.finish()
+                before = None
+            exchange = self._start(block, stage, turn % 2)
+            if before:
+                before.finish()
+            before = exchange
+        if before:
+            before.finish()
 
     def _items(self, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, Stage]]:
         """All stages of all blocks, those of blocks 0 and 1 in turns, then those of 2 and 3, ..."""
-        length = self._block_length(buffer)
+        length = max(1, len(buffer)) if buffer.nbytes <= WHOLE_BYTES else self.block_bytes // buffer.itemsize
         blocks = [buffer[cut] for cut in arrays.chunks(0, len(buffer), length)]
         for first in range(0, len(blocks), 2):
-            pair = [(block, self.schedule(len(block))) for block in blocks[first : first + 2]]
+            pair = [(block, self._stages(len(block))) for block in blocks[first : first + 2]]
             for number in range(len(pair[0][1])):
-                yield from ((block, stages[number]) for block, stages in pair)
+                for block, stages in pair:
+                    yield block, stages[number]
 
-    def _block_length(self, buffer: np.ndarray) -> int:
-        """Elements of a block: so many that the blocks are at most block_bytes and there are an even number of them."""
-        pairs = -(-buffer.nbytes // (2 * self.block_bytes))
-        return max(1, -(-len(buffer) // (2 * max(1, pairs))), arrays.LEAST_MESSAGE)
+    def _start(self, block: np.ndarray, stage: Stage, parity: int) -> _Exchange:
+        """Post one stage's messages. What is to be added lands beside the block, the rest in place."""
+        mine = block[stage.receive]
+        landing = self._landing(mine, parity) if stage.add else mine
+        ledger = p2p.Ledger()
+        ledger.receive(self.comm, landing, source=stage.source, tag=self.tag)
+        ledger.send(self.comm, block[stage.send], dest=stage.dest, tag=self.tag)
+        return _Exchange(block, mine, landing, ledger)
 
-    def _receive_buffer(self, block: np.ndarray, stage: Stage, parity: int) -> np.ndarray:
-        """Where the message lands: in the block itself, or beside it if it is to be added."""
-        if not stage.add:
-            return block[stage.receive]
-        length = stage.receive.stop - stage.receive.start
-        if not self._space or len(self._space[0]) < length * block.itemsize:
-            self._space = [arrays.zeros(length * block.itemsize, np.uint8) for _ in range(2)]
-        return self._space[parity][: length * block.itemsize].view(block.dtype)
+    def _landing(self, mine: np.ndarray, parity: int) -> np.ndarray:
+        if len(self._space[parity]) < mine.nbytes:
+            self._space[parity] = arrays.zeros(mine.nbytes, np.uint8)
+        return self._space[parity][: mine.nbytes].view(mine.dtype)
 
 
-class _Exchange:
+class _Exchange(NamedTuple):
     """One stage of one block in flight."""
 
-    def __init__(self, block: np.ndarray, stage: Stage, landing: np.ndarray) -> None:
-        self.block, self.stage, self.landing = block, stage, landing
-        self.ledger = p2p.Ledger()
-
-    def start(self, comm: MPI.Comm, tag: int) -> None:
-        self.ledger.receive(comm, self.landing, source=self.stage.source, tag=tag)
-        self.ledger.send(comm, self.block[self.stage.send], dest=self.stage.dest, tag=tag)
+    block: np.ndarray
+    mine: np.ndarray
+    landing: np.ndarray
+    ledger: p2p.Ledger
 
     def finish(self) -> None:
         self.ledger.wait()
-        if self.stage.add:
-            mine = self.block[self.stage.receive]
-            np.add(mine, self.landing, out=mine)
+        if self.landing is not self.mine:
+            np.add(self.mine, self.landing, out=self.mine)

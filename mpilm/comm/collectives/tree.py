@@ -25,7 +25,7 @@ from mpilm.comm.collectives._pipeline import Pipeline, Stage
 from mpilm.comm.node import Node
 from mpilm.log import UserError
 
-SEGMENT_BYTES = 256 * 2**10  # a rank's own part of a block
+SEGMENT_BYTES = 2**20  # a rank's own part of a block; measured, as in ring.py
 
 
 class Tree(Collective):
@@ -40,11 +40,7 @@ class Tree(Collective):
                 f"Choose --sync.collective shared or ring, or start {1 << comm.size.bit_length() - 1} ranks."
             )
         super().__init__(comm, node, reproducible=reproducible)
-
-        def schedule(length: int) -> list[Stage]:
-            return stages(length, comm.rank, comm.size)
-
-        self._pipeline = Pipeline(self.comm, schedule, block_bytes=SEGMENT_BYTES * comm.size, tag=p2p.TAG_TREE)
+        self._pipeline = Pipeline(self.comm, stages, segment_bytes=SEGMENT_BYTES, tag=p2p.TAG_TREE)
 
     def allreduce(self, buffer: np.ndarray) -> None:
         """As Collective."""
