@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,10 @@ FOR_NESTED = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_btl": "^ofi",
 }
+
+# Open MPI's mpirun keeps its files in a folder named by its process id. One that is killed leaves them, and the next
+# launcher that is given the same id cannot start: so each has a place of its own.
+_SESSIONS = tempfile.TemporaryDirectory(prefix="mpilm-sessions-", ignore_cleanup_errors=True)
 
 
 def everywhere(comm: Any, ok: bool, text: str = "") -> None:
@@ -66,7 +72,18 @@ def clean_environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items()
             if not key.startswith(LAUNCHER_PREFIXES) and key not in THREADS}
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH")]))
-    return kept | FOR_NESTED
+    return kept | FOR_NESTED | {"PRTE_MCA_prte_tmpdir_base": tempfile.mkdtemp(dir=_SESSIONS.name)}
+
+
+def start(n: int, args: Sequence[str], *, env: Mapping[str, str] | None = None, launcher: Sequence[str] = (),
+          **options: Any) -> subprocess.Popen[str]:
+    """Start `python ARGS` on `n` ranks (0: without mpirun), in a session of its own; `options` are Popen's."""
+    own = [] if launcher and launcher[0].startswith("/") else [mpirun()]
+    command = [*own, *launcher, "-np", str(n)] if n else []
+    with _all_cores():
+        return subprocess.Popen([*command, sys.executable, *args], env=clean_environment() | dict(env or {}),
+                                stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
+                                **options)
 
 
 def run_nested(n: int, args: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 120,
@@ -81,28 +98,42 @@ def run_nested(n: int, args: Sequence[str], *, env: Mapping[str, str] | None = N
         cwd: Working directory.
         launcher: Further options of mpirun, or another mpirun when the first is an absolute path.
     """
-    own = [] if launcher and launcher[0].startswith("/") else [mpirun()]
-    start = [*own, *launcher, "-np", str(n)] if n else []
-    with _all_cores():
-        process = subprocess.Popen([*start, sys.executable, *args], env=clean_environment() | dict(env or {}), cwd=cwd,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, errors="replace", start_new_session=True)
+    process = start(n, args, env=env, launcher=launcher, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         end(process)
-        stdout, stderr = process.communicate()
+        stdout, stderr = process.communicate(timeout=20)
         raise AssertionError(f"{' '.join(args)} ran past {timeout} s\n{stdout}\n{stderr}") from None
     return Result(process.returncode, stdout.replace("\0", ""), stderr.replace("\0", ""))
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a launcher and all it started: politely, then at once."""
+    """End a launcher and all it started, ranks too, which have process groups of their own: politely, then at once."""
+    everyone = descendants(process.pid)
     os.killpg(process.pid, signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    kill(everyone)
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid` and every process below it."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
+
+
+def kill(processes: Sequence[int]) -> None:
+    """SIGKILL each that is still there."""
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class _all_cores:  # noqa: N801 - used as a statement

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -29,10 +28,9 @@ def start_and_kill(directory, moment):
     for old in directory.glob("pid-*"):
         old.unlink()
     before = progress(directory)
-    command = [helpers.mpirun(), "-np", str(RANKS), sys.executable, "-m", "tests.checkpoint_job", str(directory)]
     litter = {"TMPDIR": str(directory), "OMPI_MCA_btl_sm_backing_directory": str(directory)}
-    job = subprocess.Popen(command, env=helpers.clean_environment() | litter, start_new_session=True, text=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    job = helpers.start(RANKS, ["-m", "tests.checkpoint_job", str(directory)], env=litter,
+                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while progress(directory) == before:
         assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()

@@ -33,11 +33,8 @@ def test_presets_reach_from_1m_to_7b():
     assert {"gpt-1m", "gpt-7b"} <= {path.stem for path in PRESETS}
 
 
-def test_the_default_is_the_10m_preset():
-    preset = config.parse(["--config", str(REPOSITORY / "jobs" / "gpt-10m.toml")])
-    default = config.Config()
-    preset.model.hidden = default.model.hidden
-    assert preset == default
+def test_the_defaults_are_the_3m_preset():
+    assert config.parse(["--config", str(REPOSITORY / "jobs" / "gpt-3m.toml")]) == config.Config()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -33,36 +30,16 @@ def steps_done(directory):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def descendants(pid):
-    """Every process below `pid`, and itself."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = [pid]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return found
-
-
 def start_and_kill(args, directory, moment):
     """Start on two ranks; kill every process a moment after some more steps are done. Returns the steps then done."""
     begin = steps_done(directory)
-    process = subprocess.Popen([helpers.mpirun(), "-np", "2", sys.executable, *args], start_new_session=True,
-                               env=helpers.clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = helpers.start(2, args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while steps_done(directory) < begin + 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(moment)
     done = steps_done(directory)
-    for pid in descendants(process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    helpers.kill(helpers.descendants(process.pid))
     process.wait()
     return done
 

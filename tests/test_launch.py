@@ -14,7 +14,7 @@ import pytest
 from mpilm import placement
 from mpilm.launch import session
 from mpilm.log import UserError, say
-from tests.helpers import Result, clean_environment, mpirun, run_nested
+from tests.helpers import Result, run_nested, start
 
 serial = pytest.mark.serial
 
@@ -171,9 +171,8 @@ def test_run_directory_that_cannot_be(program, tmp_path):
 @serial
 def test_ctrl_c(program):
     """A terminal sends SIGINT to the launcher; nothing stays behind."""
-    command = [mpirun(), "-np", "2", sys.executable, str(program.file), "slow", str(program.run_dir)]
-    process = subprocess.Popen(command, env=clean_environment(), text=True, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(2, [str(program.file), "slow", str(program.run_dir)],
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     while "ready" not in process.stdout.readline():
         pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,9 +172,8 @@ node.comm.Barrier()
 pathlib.Path(sys.argv[1], f"ready{MPI.COMM_WORLD.rank}").touch()
 time.sleep(600)
 """
-    arguments = [helpers.mpirun(), "-np", "2", sys.executable, "-c", program, str(tmp_path_all)]
-    job = subprocess.Popen(arguments, env=helpers.clean_environment() | {"MPILM_SHARED_MEMORY": ways},
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    job = helpers.start(2, ["-c", program, str(tmp_path_all)], env={"MPILM_SHARED_MEMORY": ways},
+                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while len(list(tmp_path_all.glob("ready*"))) < 2:
@@ -183,6 +181,6 @@ time.sleep(600)
             time.sleep(0.05)
         assert not ours_in("/dev/shm")  # while it runs, either
     finally:
-        os.killpg(job.pid, 9)
+        helpers.kill(helpers.descendants(job.pid))
         job.wait()
     assert not ours_in("/dev/shm")

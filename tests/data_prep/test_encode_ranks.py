@@ -3,11 +3,8 @@
 import json
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from mpi4py import MPI
@@ -154,32 +151,12 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 
 def start_and_kill(args, folder, files):
     """Run on two ranks until so many more files have appeared, then kill every process; True if it ended before."""
-    process = subprocess.Popen([helpers.mpirun(), "-np", "2", sys.executable, *args], start_new_session=True,
-                               env=helpers.clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = helpers.start(2, args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     begin = len(list(folder.rglob("*")))
     while process.poll() is None and len(list(folder.rglob("*"))) < begin + files:
         time.sleep(0.001)
-    for pid in descendants(process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    helpers.kill(helpers.descendants(process.pid))
     return process.wait() == 0
-
-
-def descendants(pid):
-    """A process and all below it."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = [pid]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return found
 
 
 @pytest.mark.serial
