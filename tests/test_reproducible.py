@@ -51,6 +51,16 @@ def test_any_layout_gives_the_same_bits(train, tmp_path):
 
 @pytest.mark.serial
 @pytest.mark.slow
+def test_compiled_code_gives_the_same_bits(train, tmp_path):
+    """Every rank compiles for itself; what it runs must not depend on how much of a step falls to it."""
+    compiled = {"run.compile": "on", "log.validate_every": 0}
+    alone = train(1, tmp_path / "one", **compiled)
+    for ranks in (2, 4):
+        assert train(ranks, tmp_path / str(ranks), **compiled) == alone, ranks
+
+
+@pytest.mark.serial
+@pytest.mark.slow
 def test_stopping_and_resuming_on_other_ranks_gives_the_same_bits(train, tmp_path):
     """Steps 1 to 4 on two ranks, the rest on one: as on two throughout; the metrics have every step once."""
     exact = {"run.precision": "fp32"}
