@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 from mpilm.log import UserError
@@ -241,7 +242,7 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.tra
 
 def _require_files(argv: Sequence[str]) -> None:
     """jsonargparse would read the name of a missing file as TOML and complain about its syntax."""
-    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+    for option, value in zip_longest(argv, argv[1:], fillvalue=""):
         name = option.partition("=")[2] if option.startswith("--config=") else value
         if option.partition("=")[0] == "--config" and not os.path.isfile(name):
             raise UserError(f"--config {name}: there is no such file.")

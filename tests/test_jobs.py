@@ -34,7 +34,7 @@ def test_presets_reach_from_1m_to_7b():
 
 
 def test_the_defaults_are_the_3m_preset():
-    assert config.parse(["--config", str(REPOSITORY / "jobs" / "gpt-3m.toml")]) == config.Config()
+    assert config.parse(["--config", str(REPOSITORY / "jobs" / "gpt-3m.toml")]) == config.parse([]) == config.Config()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
