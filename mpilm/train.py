@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from mpilm import config as configuration
@@ -44,7 +45,10 @@ def summarize(trainer: Trainer, config: Config, world: World) -> None:
         entropy = unigram_entropy(assemble.open_split(config, "validation"))
         lines.append(f"validation loss   {trainer.validation.loss():.4f} nats per token")
         lines.append(f"unigram entropy   {entropy:.4f} nats per token (what knowing only the frequencies gives)")
-    lines.append(f"speed             {trainer.tokens_per_s:,.0f} tokens/s")
+    if trainer.speeds:
+        lines.append(f"speed             {median(trainer.speeds):,.0f} tokens/s")
+    else:
+        lines.append("nothing was left to train: raise --run.steps, or give another --run.dir")
     lines.append(f"run directory     {config.run.dir}")
     say("\n" + "\n".join(lines))
     if world.rank == 0:

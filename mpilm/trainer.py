@@ -43,7 +43,7 @@ class Trainer:
     flops_per_token: int
     peak_flops: float
     seconds: dict[str, float] = field(default_factory=dict)
-    tokens_per_s: float = 0.0
+    speeds: list[float] = field(default_factory=list)  # tokens/s of every record
 
     def run(self) -> None:
         """Train until `run.steps` steps are done."""
@@ -98,10 +98,10 @@ class Trainer:
     def _values(self, loss: float, window: Window) -> dict[str, Any]:
         data, seconds = self.config.data, window.means()
         tokens = data.global_batch_size * data.sequence_length
-        self.tokens_per_s = tokens / seconds["step_s"]
+        self.speeds.append(tokens / seconds["step_s"])
         return {"step": self.state.step, "loss": loss, "lr": self.update.lr, "grad_norm": self.sync.grad_norm,
-                "tokens": self.state.step * tokens, "tokens_per_s": self.tokens_per_s,
-                "mfu": self.tokens_per_s * self.flops_per_token / self.peak_flops, "skipped": self.state.skipped,
+                "tokens": self.state.step * tokens, "tokens_per_s": self.speeds[-1],
+                "mfu": self.speeds[-1] * self.flops_per_token / self.peak_flops, "skipped": self.state.skipped,
                 **seconds}
 
     @contextmanager

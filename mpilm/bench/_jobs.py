@@ -132,7 +132,9 @@ class Job:
 
     def _environment(self) -> dict[str, str]:
         threads = len(share(self.cores, 0, self.size))
-        return environment(os.environ, threads=threads, tuned=self.who.tuned)
+        # What a launcher that is killed leaves behind could stop a later one with the same process id.
+        own = {"PRTE_MCA_prte_tmpdir_base": str(self.directory)}
+        return environment(os.environ, threads=threads, tuned=self.who.tuned) | own
 
     def _accept(self, listener: socket.socket) -> None:
         deadline = time.monotonic() + TIMEOUT_S
