@@ -16,7 +16,6 @@ from mpilm.comm import choose
 from mpilm.comm.collectives import Collective
 from mpilm.comm.mesh import Mesh
 from mpilm.comm.node import Node
-from mpilm.comm.order import even_runs, runs
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
 from mpilm.data.loader import Loader
@@ -29,6 +28,7 @@ from mpilm.model import count, precision
 from mpilm.model.gpt import GPT
 from mpilm.model.shape import Shape
 from mpilm.optim import Update
+from mpilm.parallel import layout, schedules
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Saver
@@ -42,15 +42,19 @@ FLOAT_BYTES = 4
 
 @dataclass
 class Core:
-    """Model and synchronizer over a mesh: what a step needs besides its batch."""
+    """This rank's parts of the model and their synchronizer, over a mesh: what a step needs besides its batch."""
 
     mesh: Mesh
     slots: range
-    runs: list[range]
-    model: GPT
+    parts: list[GPT]
     sync: Allreduce
     pipeline: Pipeline
+    losses: Losses
     update: Update
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Name -> parameter of all parts."""
+        return named(self.parts)
 
 
 def trainer(config: Config, world: World) -> Trainer:
@@ -61,6 +65,7 @@ def trainer(config: Config, world: World) -> Trainer:
     """
     dataset = open_split(config, "train")
     shape = shape_of(config, dataset.vocab_size)
+    layout.check(config, shape, world.size)
     reader = resume.find(config, world.comm)
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
@@ -69,11 +74,11 @@ def trainer(config: Config, world: World) -> Trainer:
     core = build(config, world, shape, decision)
     state = restore(core, shape, config, reader)
     about = {"shape": asdict(shape), "data": about_data, "config": config.to_dict(),
-             "arithmetic": decision.to_dict(), "layout": {"dp": core.mesh.dp.size, "pp": 1, "tp": 1}}
+             "arithmetic": decision.to_dict(), "layout": _describe(core.mesh)}
     return Trainer(
-        config=config, state=state, model=core.model, update=core.update, pipeline=core.pipeline, sync=core.sync,
+        config=config, state=state, update=core.update, pipeline=core.pipeline, sync=core.sync,
         loader=_loader(config, dataset, core.slots),
-        losses=Losses(core.mesh.dp, core.runs),
+        losses=core.losses,
         validation=_validation(config, core),
         metrics=_metrics(config, world, state),
         saver=_saver(config, world, core, shape, about, saved=state.step if reader else -1),
@@ -100,33 +105,41 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
 
 
 def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> Core:
-    """Model and synchronizer, with memory but without values yet. Collective over `world.comm`."""
-    _check_kinds(config)
-    mesh = Mesh.build(world.dup("workers"), dp=world.size, pp=1, tp=1)
-    num_slots = config.data.global_batch_size // config.data.micro_batch_size
-    dealt = (runs if decision.reproducible else even_runs)(num_slots, mesh.dp.size)
-    if num_slots < mesh.dp.size:
-        raise UserError(f"{mesh.dp.size} ranks, but a step has {num_slots} micro-batches (--data.global_batch_size / "
-                        "--data.micro_batch_size): lower the one or raise the other, or start fewer ranks.")
-    model = GPT(shape)
-    update = Update(config.optim, config.run.steps)
-    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
-    synchronizer = sync.get(config.sync.kind)(
-        dict(model.named_parameters()), matrices, _collective(config, mesh), _worker(world),
-        states=update.STATES, num_slots=len(dealt[mesh.dp.rank]), dtype=decision.dtype,
-        bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
-    if decision.compile:
-        model.compile_parts()
-    pipeline = Pipeline(model, synchronizer, num_slots=num_slots)
-    return Core(mesh, dealt[mesh.dp.rank], dealt, model, synchronizer, pipeline, update)
+    """Parts of the model and synchronizer, with memory but without values yet. Collective over `world.comm`.
 
-
-def _check_kinds(config: Config) -> None:
+    Raises:
+        UserError: The layout is impossible; the message names those that would work.
+    """
     if config.model.kind != "gpt":
         raise UserError(f"--model.kind {config.model.kind}: this version has gpt.")
-    if (config.parallel.pp, config.parallel.tp) != (1, 1):
-        raise UserError(f"--parallel.pp {config.parallel.pp} --parallel.tp {config.parallel.tp}: this version is data "
-                        "parallel only; give 1 for both.")
+    layout.check(config, shape, world.size)
+    pp = config.parallel.pp
+    mesh = Mesh.build(world.dup("workers"), dp=world.size // pp, pp=pp, tp=1)
+    runs = layout.slots(config, mesh.dp.size, reproducible=decision.reproducible)
+    slots = runs[mesh.dp.rank]
+    parts = [GPT(shape, units) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
+    update = Update(config.optim, config.run.steps)
+    parameters = named(parts)
+    matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
+    synchronizer = sync.get(config.sync.kind)(
+        parameters, matrices, _collective(config, mesh), mesh.pp, _worker(world, mesh),
+        states=update.STATES, num_slots=len(slots), dtype=decision.dtype,
+        bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
+    if decision.compile:
+        for part in parts:
+            part.compile_parts()
+    stages = Pipeline(parts, synchronizer, mesh.pp, schedules.get(config.parallel.schedule),
+                      num_slots=sum(map(len, runs)), dtype=decision.dtype, whole=decision.compile)
+    return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.dp, runs, mesh.pp), update)
+
+
+def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter of all `parts`, in the order of the forward pass."""
+    return {name: parameter for part in parts for name, parameter in part.named_parameters()}
+
+
+def _describe(mesh: Mesh) -> dict[str, int]:
+    return {"dp": mesh.dp.size, "pp": mesh.pp.size, "tp": mesh.tp.size}
 
 
 def _collective(config: Config, mesh: Mesh) -> Collective:
@@ -134,9 +147,11 @@ def _collective(config: Config, mesh: Mesh) -> Collective:
                         count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES)
 
 
-def _worker(world: World) -> Worker | Inline:
-    """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it."""
-    return Worker("communication") if world.thread_level >= MPI.THREAD_SERIALIZED else Inline()
+def _worker(world: World, mesh: Mesh) -> Worker | Inline:
+    """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it, and
+    from both at once where the backward pass sends messages too."""
+    needed = MPI.THREAD_MULTIPLE if mesh.pp.size > 1 else MPI.THREAD_SERIALIZED
+    return Worker("communication") if world.thread_level >= needed else Inline()
 
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:
@@ -165,13 +180,13 @@ def _loader(config: Config, dataset: Dataset, slots: range) -> Loader:
 def _validation(config: Config, core: Core) -> Validation | None:
     if not config.log.validate_every:
         return None
-    return validation(config, core.model, core.mesh.dp)
+    return validation(config, core.pipeline, core.mesh.dp)
 
 
-def validation(config: Config, model: torch.nn.Module, comm: Any) -> Validation:
-    """The configured validation, over the ranks of `comm`."""
+def validation(config: Config, stages: Pipeline, comm: Any) -> Validation:
+    """The configured validation, over the pipelines that `comm` connects."""
     data = config.data
-    return Validation(open_split(config, "validation"), model, comm, sequences=config.log.validation_sequences,
+    return Validation(open_split(config, "validation"), stages, comm, sequences=config.log.validation_sequences,
                       sequence_length=data.sequence_length, micro_batch_size=data.micro_batch_size,
                       mask_documents=data.mask_documents)
 
@@ -187,7 +202,7 @@ def _metrics(config: Config, world: World, state: TrainState) -> Metrics:
 def _saver(config: Config, world: World, core: Core, shape: Shape, about: dict[str, Any], *, saved: int) -> Saver:
     writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint"),
                     keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    return Saver(writer, core.sync, shape, world.comm, config.checkpoint, about=about, saved=saved)
+    return Saver(writer, core.sync, shape, core.mesh.dp, config.checkpoint, about=about, saved=saved)
 
 
 def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:

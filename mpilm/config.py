@@ -130,12 +130,18 @@ class Parallel:
     """How the model is split over ranks; what is left is data parallel.
 
     Args:
-        pp: Pipeline stages.
+        pp: Ranks of a pipeline; each holds some of the layers.
         tp: Ranks that share every layer.
+        schedule: Order of a pipeline's work: gpipe, 1f1b, interleaved, or zb (zero bubble).
+        chunks: Parts of the model that a rank holds in the interleaved schedule.
+        split: Blocks of every part, in order, such as 4,4,3; empty: by what they cost.
     """
 
     pp: int = 1
     tp: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 2
+    split: str = ""
 
 
 @dataclass
@@ -261,7 +267,7 @@ def check(config: Config) -> None:
     """
     for option in ("run.steps", "data.sequence_length", "data.global_batch_size", "data.micro_batch_size",
                    "model.layers", "model.width", "model.heads", "run.max_skipped", "parallel.pp", "parallel.tp",
-                   "log.every", "checkpoint.keep_last", "log.validation_sequences"):
+                   "parallel.chunks", "log.every", "checkpoint.keep_last", "log.validation_sequences"):
         _require(config, option, lambda value: value >= 1, "a whole number from 1 up")
     for option in ("run.seed", "run.threads", "model.kv_heads", "model.hidden", "model.vocab_size",
                    "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every"):

@@ -20,13 +20,14 @@ def main() -> None:
         import torch
 
         from mpilm import assemble, resume
+        from mpilm.parallel import pipeline
 
         torch.set_num_threads(world.threads)
         reader = resume.open_run(options.path, world.comm)
         config = resume.config_of(reader)
         config.data.path = options.data or config.data.path
         config.log.validation_sequences = options.sequences
-        validation = assemble.validation(config, assemble.trained(reader), world.comm)
+        validation = assemble.validation(config, pipeline.alone(assemble.trained(reader)), world.comm)
         loss = validation.loss()
         say(f"{reader.path}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over "
             f"{validation.tokens:,} tokens")

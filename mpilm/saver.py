@@ -12,9 +12,10 @@ from mpilm.sync.allreduce import Allreduce
 
 
 class Saver:
-    """Hands this rank's share of all tensors to the writer. Collective over `comm`, like every method.
+    """Hands this rank's share of all tensors to the writer. Collective over the writer's ranks, like every method.
 
     Args:
+        comm: The ranks that hold the same tensors, and share the work of writing them.
         about: What the manifest says about the run besides its state.
         saved: The step of the checkpoint that the run was resumed from, or -1.
     """

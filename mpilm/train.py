@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def summarize(trainer: Trainer, config: Config, world: World) -> None:
     """Print validation loss beside the unigram entropy, a sample, and where the run is. Collective over the world."""
-    from mpilm import assemble, generate
+    from mpilm import assemble, generate, resume
     from mpilm.data.shards import unigram_entropy
 
     lines = [f"finished at step {trainer.state.step}"]
@@ -51,8 +51,9 @@ def summarize(trainer: Trainer, config: Config, world: World) -> None:
         lines.append("nothing was left to train: raise --run.steps, or give another --run.dir")
     lines.append(f"run directory     {config.run.dir}")
     say("\n" + "\n".join(lines))
+    reader = resume.open_run(config.run.dir, world.comm)  # a rank of a pipeline has only a part of the model
     if world.rank == 0:
-        text = generate.sample(trainer.model, config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
+        text = generate.sample(assemble.trained(reader), config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
                                context=config.data.sequence_length, temperature=0.7, seed=config.run.seed)
         say(f"\nthe model writes:\n{text}")
     world.comm.Barrier()

@@ -15,7 +15,6 @@ from mpilm.config import Config
 from mpilm.data.loader import Loader
 from mpilm.log import UserError, say
 from mpilm.metrics import Metrics
-from mpilm.model.gpt import GPT
 from mpilm.optim import Update
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
@@ -31,7 +30,6 @@ class Trainer:
 
     config: Config
     state: TrainState
-    model: GPT
     loader: Loader
     pipeline: Pipeline
     sync: Allreduce
@@ -62,6 +60,7 @@ class Trainer:
             batch = self.loader.batch(self.state.step)
         with self._timed("compute_s"):
             mine = self.pipeline.run(batch)
+        self.seconds["bubble_s"] = self.pipeline.wait_s
         self.update.begin(self.state.step)
         self.sync.step(self.update)
         with self._timed("comm_s"):

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from mpilm.comm.order import even_runs
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Spread
 from mpilm.data.shards import Dataset
 from mpilm.log import UserError
-from mpilm.parallel import pipeline
 from mpilm.parallel.losses import Losses
+from mpilm.parallel.pipeline import Pipeline
 
 
 class Validation:
     """`sequences` sequences, evenly spaced over the validation split, in whole micro-batches.
 
-    Collective over `comm`, the data-parallel communicator.
+    Collective over `comm`, the data-parallel communicator, and over the ranks of each pipeline.
 
     Raises:
         UserError: The validation split is shorter than one sequence.
     """
 
-    def __init__(self, dataset: Dataset, model: torch.nn.Module, comm: Any, *, sequences: int, sequence_length: int,
+    def __init__(self, dataset: Dataset, pipeline: Pipeline, comm: Any, *, sequences: int, sequence_length: int,
                  micro_batch_size: int, mask_documents: bool) -> None:
         available = (dataset.num_tokens - 1) // sequence_length
         if available < 1:
@@ -33,11 +31,11 @@ class Validation:
         size = min(micro_batch_size, available)
         slots = max(1, min(sequences, available) // size)
         runs = even_runs(slots, comm.size)
-        self.model, self.losses = model, Losses(comm, runs)
+        self.pipeline, self.losses = pipeline, Losses(comm, runs, pipeline.comm)
         self.tokens = slots * size * sequence_length
         self.loader = Loader(dataset, Spread(available, count=slots * size), sequence_length=sequence_length,
                              micro_batch_size=size, slots=runs[comm.rank], mask_documents=mask_documents)
 
     def loss(self) -> float:
         """Mean loss, nats per token."""
-        return self.losses.mean(pipeline.losses(self.model, self.loader.batch(0)))
+        return self.losses.mean(self.pipeline.evaluate(self.loader.batch(0)))

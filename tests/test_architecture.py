@@ -17,7 +17,7 @@ FLOORS = {
     2: {"parallel", "sync"},
     3: {"checkpoint", "state", "optim"},
     4: {"trainer", "assemble", "recovery", "resume", "saver", "validation", "arithmetic", "metrics"},
-    5: {"train", "evaluate", "generate", "inspect", "bench"},
+    5: {"train", "evaluate", "generate", "inspect", "plan", "bench"},
 }
 FORBIDDEN = {
     "comm": {"torch"},

@@ -16,7 +16,6 @@ from mpilm.launch import session
 from mpilm.log import UserError
 from mpilm.model.gpt import GPT
 from mpilm.optim import learning_rate
-from mpilm.parallel.losses import Losses
 from tests.helpers import everywhere
 
 VOCAB, LENGTH, SEQUENCES, STEPS = 101, 16, 8, 3
@@ -63,17 +62,17 @@ def parallel(config, *, precision="fp32"):
         arithmetic = Arithmetic(precision, False, 1, config.data.micro_batch_size, config.run.reproducible, "", "")
         core = assemble.build(config, world, assemble.shape_of(config, VOCAB), arithmetic)
         assemble.restore(core, assemble.shape_of(config, VOCAB), config, None)
-        means, losses, norms = Losses(core.mesh.dp, core.runs), [], []
+        losses, norms = [], []
         size = config.data.micro_batch_size
         for step in range(STEPS):
             tokens = windows(step).reshape(-1, size, LENGTH + 1)[core.slots.start:core.slots.stop]
             mine = core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
             core.update.begin(step)
             core.sync.step(core.update)
-            losses.append(means.mean(mine))
+            losses.append(core.losses.mean(mine))
             norms.append(core.sync.grad_norm)
         world.comm.Barrier()
-        return losses, norms, {name: p.detach().clone() for name, p in core.model.named_parameters()}
+        return losses, norms, {name: p.detach().clone() for name, p in core.parameters().items()}
 
 
 def possible(name, comm, *, reproducible):
@@ -118,7 +117,7 @@ def test_the_size_of_buckets_does_not_change_bits(precision):
 def test_without_a_second_thread_the_bits_are_the_same(monkeypatch):
     """An MPI that is called from one thread only sums after the backward pass instead of beside it."""
     beside = parallel(configuration())
-    monkeypatch.setattr(assemble, "_worker", lambda world: Inline())
+    monkeypatch.setattr(assemble, "_worker", lambda world, mesh: Inline())
     after = parallel(configuration())
     assert after[:2] == beside[:2]
     assert all(torch.equal(after[2][name], value) for name, value in beside[2].items())
@@ -153,15 +152,15 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(comm):
         arithmetic = Arithmetic("fp32", False, 1, 1, False, "", "")
         core = assemble.build(config, world, assemble.shape_of(config, VOCAB), arithmetic)
         assemble.restore(core, assemble.shape_of(config, VOCAB), config, None)
-        before = core.model.norm.weight.detach().clone()
-        poison = core.model.norm.weight.register_hook(lambda g: g * np.nan) if comm.rank == comm.size - 1 else None
+        before = core.parts[-1].norm.weight.detach().clone()
+        poison = core.parts[-1].norm.weight.register_hook(lambda g: g * np.nan) if comm.rank == comm.size - 1 else None
         for step, expected in enumerate([(0, 1), (1, 1)]):
             tokens = windows(step).reshape(-1, 1, LENGTH + 1)[core.slots.start:core.slots.stop]
             core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
             core.update.begin(step)
             core.sync.step(core.update)
             everywhere(comm, (core.update.applied, core.update.skipped) == expected)
-            everywhere(comm, torch.equal(core.model.norm.weight, before) == (step == 0))
+            everywhere(comm, torch.equal(core.parts[-1].norm.weight, before) == (step == 0))
             if poison:
                 poison.remove()
         world.comm.Barrier()

@@ -26,6 +26,7 @@ LONGEST_NAP_S = 500e-6
 TAG_RING = 101
 TAG_TREE = 102
 TAG_ACROSS = 103
+TAG_STAGES = 1024  # and above: two for every cut between pipeline stages
 
 
 def wait(requests: Sequence[MPI.Request]) -> None:
@@ -48,18 +49,31 @@ def barrier(comm: MPI.Comm) -> None:
 
 
 class Ledger:
-    """Messages in flight, each with the array that it reads or writes."""
+    """Messages in flight, each with the array that it reads or writes.
 
-    def __init__(self) -> None:
+    Args:
+        synchronous: Every send is through only when it is being received, as under an MPI that buffers nothing: for
+            tests, which would pass by luck where small messages are buffered.
+    """
+
+    def __init__(self, *, synchronous: bool = False) -> None:
+        self.synchronous = synchronous
         self._entries: list[tuple[MPI.Request, np.ndarray]] = []
 
     def send(self, comm: MPI.Comm, array: np.ndarray, *, dest: int, tag: int) -> None:
         """Start to send a contiguous array; it must not change before wait()."""
-        self._entries.append((comm.Isend(array, dest=dest, tag=tag), array))
+        start = comm.Issend if self.synchronous else comm.Isend
+        self._entries.append((start(array, dest=dest, tag=tag), array))
 
-    def receive(self, comm: MPI.Comm, array: np.ndarray, *, source: int, tag: int) -> None:
-        """Start to receive into a contiguous array; it must not be read before wait()."""
-        self._entries.append((comm.Irecv(array, source=source, tag=tag), array))
+    def receive(self, comm: MPI.Comm, array: np.ndarray, *, source: int, tag: int) -> MPI.Request:
+        """Start to receive into a contiguous array; it must not be read before wait(), here or for the request."""
+        request = comm.Irecv(array, source=source, tag=tag)
+        self._entries.append((request, array))
+        return request
+
+    def reap(self) -> None:
+        """Let go of the arrays of messages that are through."""
+        self._entries = [entry for entry in self._entries if not entry[0].Test()]
 
     def wait(self) -> None:
         """Return when every message is through."""

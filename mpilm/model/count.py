@@ -31,3 +31,17 @@ def attention_flops_per_token(shape: Shape, sequence_length: int) -> int:
 def flops_per_token(shape: Shape, sequence_length: int) -> int:
     """Operations of forward and backward for one token: 6 a matrix parameter, and attention."""
     return 6 * matrix_parameters(shape) + attention_flops_per_token(shape, sequence_length)
+
+
+def unit_flops_per_token(shape: Shape, sequence_length: int) -> list[int]:
+    """`flops_per_token` of every unit: the embedding (a look-up, 0), the blocks, the head."""
+    head = 6 * shape.vocab_size * shape.width
+    block = (flops_per_token(shape, sequence_length) - head) // shape.layers
+    return [0, *[block] * shape.layers, head]
+
+
+def unit_parameters(shape: Shape) -> list[int]:
+    """Weights of every unit; a tied head counts twice, because its gradient is summed twice."""
+    table = shape.vocab_size * shape.width
+    block = (parameters(shape) - (1 if shape.tied_embeddings else 2) * table - shape.width) // shape.layers
+    return [table, *[block] * shape.layers, table + shape.width]

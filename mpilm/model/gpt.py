@@ -5,7 +5,9 @@
     loss = model(inputs, targets)          # mean over B x T, float32 scalar
     logits = model(inputs)                 # B T V
 
-The model is a list of blocks between an embedding and a head, so that a pipeline stage can take a run of them.
+The model is a row of units: the embedding, the blocks, and last the head with its norm. A pipeline stage is a run of
+them, `GPT(shape, units=range(0, 4))`: embedding and three blocks, under the names they have in the whole model.
+
 It does not own its weights' memory: whoever trains it may point every parameter's `.data` into a flat buffer, of
 float32 or bfloat16, before the first call.
 """
@@ -24,31 +26,50 @@ from mpilm.model.shape import Shape
 
 
 class GPT(nn.Module):
-    """The whole model; parameters in the order and with the names of `shape.parameters()`."""
+    """The whole model, or a run of its units; parameters in the order and with the names of `shape.parameters()`."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, units: range | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
-        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = RMSNorm(shape.width, eps=shape.norm_eps)
-        self.lm_head = Head(shape.width, shape.vocab_size)
-        if shape.tied_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.units = range(shape.units) if units is None else units
+        if self.first:
+            self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
+        mine = [layer for layer in range(shape.layers) if layer + 1 in self.units]
+        self.layers = nn.ModuleDict({str(layer): Block(shape) for layer in mine})
+        if self.last:
+            self.norm = RMSNorm(shape.width, eps=shape.norm_eps)
+            self.lm_head = Head(shape.width, shape.vocab_size)
+            if shape.tied_embeddings:
+                self.lm_head.weight = self.embed_tokens.weight
         self._places: Places | None = None
 
-    def forward(self, inputs: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """Mean loss (nats a token, float32) or, without targets, logits.
+    @property
+    def first(self) -> bool:
+        """It begins with the embedding."""
+        return 0 in self.units
+
+    @property
+    def last(self) -> bool:
+        """It ends with the head."""
+        return self.shape.units - 1 in self.units
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
+                hidden: Tensor | None = None) -> Tensor:
+        """Mean loss (nats a token, float32) or, without targets, logits; of a part without the head, what the next
+        part takes as `hidden`, [B, T, C].
 
         Args:
             inputs: [B, T] int64 tokens.
             targets: [B, T] int64, the token that follows each input.
             documents: [B, T] integers; attention stays among equal ones. Positions do not restart.
+            hidden: [B, T, C] from the part before; None for the part that begins with the embedding.
         """
         places = self.places(inputs, documents)
-        x = self.embed_tokens(inputs)
-        for block in self.layers:
+        x = self.embed_tokens(inputs) if hidden is None else hidden
+        for block in self.layers.values():
             x = block(x, places)
+        if not self.last:
+            return x
         x = self.norm(x)
         return self.lm_head(x) if targets is None else self.lm_head.loss(x, targets)
 
@@ -65,10 +86,11 @@ class GPT(nn.Module):
     def compile_parts(self) -> None:
         """Compile what is worth it, on the first call: one block's code serves all blocks, and gradients of a block
         are there as soon as its own backward pass is done."""
-        for block in self.layers:
+        for block in self.layers.values():
             block.compile(dynamic=False)
-        self.norm.compile(dynamic=False)
-        self.lm_head.softmax = torch.compile(self.lm_head.softmax, dynamic=False)
+        if self.last:
+            self.norm.compile(dynamic=False)
+            self.lm_head.softmax = torch.compile(self.lm_head.softmax, dynamic=False)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of `shape.tensors()` as a view into the parameter that holds it, in that order."""

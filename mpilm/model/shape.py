@@ -51,6 +51,11 @@ class Shape:
         """Elements of a token's keys (or values), over all heads."""
         return self.kv_heads * self.head_width
 
+    @property
+    def units(self) -> int:
+        """What a pipeline may cut between: the embedding, every block, and the head with its norm."""
+        return self.layers + 2
+
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter, in the order of `GPT.named_parameters()`."""
         shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab_size, self.width)}

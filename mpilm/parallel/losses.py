@@ -9,13 +9,18 @@ import numpy as np
 
 
 class Losses:
-    """Mean over slots that are dealt to the ranks of `comm` in runs; the sum does not depend on the runs."""
+    """Mean over slots that are dealt to the ranks of `comm` in runs; the sum does not depend on the runs.
 
-    def __init__(self, comm: Any, runs: list[range]) -> None:
-        self.comm, self.counts = comm, [len(run) for run in runs]
+    Args:
+        stages: The pipeline whose last rank has the losses.
+    """
+
+    def __init__(self, comm: Any, runs: list[range], stages: Any) -> None:
+        self.comm, self.counts, self.stages = comm, [len(run) for run in runs], stages
 
     def mean(self, mine: np.ndarray) -> float:
-        """Mean over all slots' losses, float64. Collective."""
+        """Mean over all slots' losses, float64, the same on every rank. Collective over `stages`, then over `comm`."""
+        self.stages.Bcast(mine, root=self.stages.size - 1)
         everyone = np.empty(sum(self.counts))
         self.comm.Allgatherv(mine, (everyone, self.counts))
         return math.fsum(everyone) / everyone.size

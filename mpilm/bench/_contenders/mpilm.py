@@ -39,14 +39,13 @@ def contender(case: Case, place: Place) -> Iterator[Step]:
 
         from mpilm import arithmetic, assemble
         from mpilm.data.loader import Batch
-        from mpilm.parallel.losses import Losses
 
         config = configuration(case, reproducible="reproducible" in place.variants, size=place.size)
         shape = assemble.shape_of(config, case.vocab_size)
         decision, _ = arithmetic.decide(config, world, shape, {})
         core = assemble.build(config, world, shape, decision)
         assemble.restore(core, shape, config, None)
-        means, draw = Losses(core.mesh.dp, core.runs), np.random.default_rng(place.rank)
+        draw = np.random.default_rng(core.mesh.dp.rank)
         dimensions = (len(core.slots), config.data.micro_batch_size, case.sequence_length + 1)
         drawn = [draw.integers(case.vocab_size, size=dimensions) for _ in range(NUM_BATCHES)]
         batches = cycle(Batch(tokens[..., :-1], tokens[..., 1:], None) for tokens in drawn)
@@ -55,6 +54,6 @@ def contender(case: Case, place: Place) -> Iterator[Step]:
             mine = core.pipeline.run(next(batches))
             core.update.begin(core.update.applied)
             core.sync.step(core.update)
-            return means.mean(mine)
+            return core.losses.mean(mine)
 
         yield step

@@ -1,0 +1,90 @@
+"""What stages tell each other: activations forward, their gradients backward.
+
+    messages.expect(keys)                  every message of a step, in the order in which it will be needed
+    hidden = messages.receive(key)         waits for the next of them
+    messages.send(key, tensor)             returns at once; the tensor is kept until it has arrived
+    messages.finish()                      everything sent has arrived
+
+A few receives are posted ahead, so that a message can travel while this rank computes. Sends never block before the
+end of a step; so two stages that send to each other at the same moment do not wait for each other, whether MPI buffers
+messages or not. Between two stages messages of one direction come in order, so a tag for each is enough.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+from mpi4py import MPI
+
+from mpilm import bridge
+from mpilm.comm import p2p
+from mpilm.parallel.routes import Message
+from mpilm.parallel.schedules import Kind
+
+AHEAD = 2  # receives posted beside the one that is needed next: one for each direction
+
+
+class Messages:
+    """The messages of this rank, over the pipeline's communicator.
+
+    Args:
+        dtype: Of activations: what the model computes with.
+
+    Attributes:
+        wait_s: Seconds spent waiting for others, since it was last set to 0.
+    """
+
+    def __init__(self, comm: MPI.Comm, dtype: torch.dtype) -> None:
+        self.comm, self.dtype = comm, dtype
+        self.ledger = p2p.Ledger()
+        self.wait_s = 0.0
+        self._coming: deque[Message] = deque()
+        self._posted: deque[tuple[Message, MPI.Request, torch.Tensor]] = deque()
+        self._shape: tuple[int, ...] = ()
+
+    def expect(self, keys: Iterable[Message], shape: tuple[int, ...]) -> None:
+        """Get ready to receive these, in this order; each is a tensor of `shape`."""
+        assert not self._posted, "the messages of the step before were not all received"
+        self._coming, self._shape = deque(keys), shape
+        self._post()
+
+    def _post(self) -> None:
+        while self._coming and len(self._posted) <= AHEAD:
+            key = self._coming.popleft()
+            kind, stage, _ = key
+            sender = stage - 1 if kind is Kind.FORWARD else stage + 1
+            tensor = torch.empty(self._shape, dtype=self.dtype)
+            request = self.ledger.receive(self.comm, bridge.array(tensor), source=sender % self.comm.size,
+                                          tag=_tag(kind, stage))
+            self._posted.append((key, request, tensor))
+
+    def receive(self, key: Message) -> torch.Tensor:
+        """The message `key`, which must be the next of those expected. Waits for it."""
+        expected, request, tensor = self._posted.popleft()
+        assert expected == key, f"{key} was wanted before {expected}"
+        started = time.perf_counter()
+        p2p.wait([request])
+        self.wait_s += time.perf_counter() - started
+        self._post()
+        return tensor
+
+    def send(self, key: Message, tensor: torch.Tensor) -> None:
+        """Start to send `tensor`; it must not change afterwards."""
+        kind, stage, _ = key
+        self.ledger.reap()
+        self.ledger.send(self.comm, bridge.array(tensor.detach().contiguous()), dest=stage % self.comm.size,
+                         tag=_tag(kind, stage))
+
+    def finish(self) -> None:
+        """Return when everything sent has been received."""
+        started = time.perf_counter()
+        self.ledger.wait()
+        self.wait_s += time.perf_counter() - started
+
+
+def _tag(kind: Kind, stage: int) -> int:
+    """Of the messages to `stage` in one direction."""
+    return p2p.TAG_STAGES + 2 * stage + (kind is Kind.BACKWARD)

@@ -1,0 +1,70 @@
+"""What a parallel layout would do, before it is started: python -m mpilm.plan --show-schedule.
+
+    python -m mpilm.plan --show-schedule zb --parallel.pp 4 --micro-batches 8
+    python -m mpilm.plan --show-schedule                       all schedules
+
+Needs neither MPI nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from math import ceil
+
+from mpilm import launch
+from mpilm.log import UserError, say
+
+CELL = 5            # characters of one unit of time
+WIDEST = 4000       # characters of a line that anybody would scroll through
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw what was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m mpilm.plan", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show-schedule", metavar="NAME", nargs="?", const="all", required=True,
+                        help="gpipe, 1f1b, interleaved or zb; without a name all of them")
+    parser.add_argument("--parallel.pp", dest="pp", type=int, default=4, help="ranks of the pipeline; default: 4")
+    parser.add_argument("--parallel.chunks", dest="chunks", type=int, default=2,
+                        help="parts of the model that a rank holds in the interleaved schedule; default: 2")
+    parser.add_argument("--micro-batches", dest="micro_batches", type=int, default=8,
+                        help="of a step, in each replica; default: 8")
+    options = parser.parse_args(argv)
+    for name in ("pp", "chunks", "micro_batches"):
+        if not 1 <= getattr(options, name) <= WIDEST // CELL:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from 1 to "
+                            f"{WIDEST // CELL}.")
+    from mpilm.parallel import schedules
+
+    names = list(schedules.MENU) if options.show_schedule == "all" else [options.show_schedule]
+    say("\n\n".join(drawing(name, options.pp, options.micro_batches, options.chunks) for name in names))
+
+
+def drawing(name: str, ranks: int, num_microbatches: int, chunks: int = 1) -> str:
+    """A schedule as text: a line for each rank, time from left to right; I, W and F take as long as each other.
+
+    Raises:
+        UserError: There is no such schedule.
+    """
+    from mpilm.parallel import schedules, simulate
+
+    schedule = schedules.get(name)
+    chunks = chunks if schedule.chunked else 1
+    # A chunk is a part of what a stage without chunks would be, and takes that part of its time.
+    timeline = simulate.play(schedule.all_ranks(ranks, num_microbatches, chunks),
+                             simulate.Cost(1 / chunks, 1 / chunks, 1 / chunks), chunks=chunks)
+    lines = [f"{name}: {ranks} ranks" + (f" with {chunks} chunks each" if chunks > 1 else "")
+             + f", {num_microbatches} micro-batches; bubble {timeline.bubble / timeline.end:.0%} of the step; "
+             f"activations held at most: {max(timeline.in_flight(rank) for rank in range(ranks)) / chunks:g} micro-batches"]
+    for rank in range(ranks):
+        line = ""
+        for start, end, action in timeline.ranks[rank]:
+            line = line.ljust(round(start * chunks) * CELL)
+            line += str(action).ljust(ceil(round((end - start) * chunks)) * CELL - 1, "-") + " "
+        lines.append(f"rank {rank:<{len(str(ranks))}}| {line.rstrip()}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    launch.command(main)
