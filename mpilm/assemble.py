@@ -22,7 +22,7 @@ from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
 from mpilm.launch import World
-from mpilm.log import UserError, say
+from mpilm.log import UserError, say, warn
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
 from mpilm.model.gpt import GPT
@@ -125,10 +125,14 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
         parameters, matrices, _collective(config, mesh), mesh.pp, _worker(world, mesh),
         states=update.STATES, num_slots=len(slots), dtype=decision.dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
+    schedule = schedules.get(config.parallel.schedule)
     if decision.compile:
         for part in parts:
             part.compile_parts()
-    stages = Pipeline(parts, synchronizer, mesh.pp, schedules.get(config.parallel.schedule),
+        if schedule.split:
+            warn(f"--parallel.schedule {config.parallel.schedule}: compiled code computes a backward pass in one go, so "
+                 "its halves can't fill bubbles; --run.compile off lets them.")
+    stages = Pipeline(parts, synchronizer, mesh.pp, schedule,
                       num_slots=sum(map(len, runs)), dtype=decision.dtype, whole=decision.compile)
     return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.dp, runs, mesh.pp), update)
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from math import ceil
 
 from mpilm import launch
 from mpilm.log import UserError, say
 
 CELL = 5            # characters of one unit of time
-WIDEST = 4000       # characters of a line that anybody would scroll through
+MOST = 256          # ranks, chunks and micro-batches that anybody would scroll through
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--micro-batches", dest="micro_batches", type=int, default=8,
                         help="of a step, in each replica; default: 8")
     options = parser.parse_args(argv)
-    for name in ("pp", "chunks", "micro_batches"):
-        if not 1 <= getattr(options, name) <= WIDEST // CELL:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from 1 to "
-                            f"{WIDEST // CELL}.")
+    for option, value in {"parallel.pp": options.pp, "parallel.chunks": options.chunks,
+                          "micro-batches": options.micro_batches}.items():
+        if not 1 <= value <= MOST:
+            raise UserError(f"--{option} {value}: give a number from 1 to {MOST}.")
     from mpilm.parallel import schedules
 
     names = list(schedules.MENU) if options.show_schedule == "all" else [options.show_schedule]
@@ -49,19 +48,20 @@ def drawing(name: str, ranks: int, num_microbatches: int, chunks: int = 1) -> st
     """
     from mpilm.parallel import schedules, simulate
 
-    schedule = schedules.get(name)
+    schedule = schedules.get(name, option="show-schedule")
     chunks = chunks if schedule.chunked else 1
     # A chunk is a part of what a stage without chunks would be, and takes that part of its time.
     timeline = simulate.play(schedule.all_ranks(ranks, num_microbatches, chunks),
                              simulate.Cost(1 / chunks, 1 / chunks, 1 / chunks), chunks=chunks)
+    held = max(timeline.in_flight(rank) for rank in range(ranks)) / chunks
     lines = [f"{name}: {ranks} ranks" + (f" with {chunks} chunks each" if chunks > 1 else "")
              + f", {num_microbatches} micro-batches; bubble {timeline.bubble / timeline.end:.0%} of the step; "
-             f"activations held at most: {max(timeline.in_flight(rank) for rank in range(ranks)) / chunks:g} micro-batches"]
-    for rank in range(ranks):
+             f"activations of {held:g} micro-batches at most"]
+    for rank, passes in enumerate(timeline.ranks):
         line = ""
-        for start, end, action in timeline.ranks[rank]:
+        for start, end, action in passes:
             line = line.ljust(round(start * chunks) * CELL)
-            line += str(action).ljust(ceil(round((end - start) * chunks)) * CELL - 1, "-") + " "
+            line += str(action).ljust(round((end - start) * chunks) * CELL - 1, "-") + " "
         lines.append(f"rank {rank:<{len(str(ranks))}}| {line.rstrip()}")
     return "\n".join(lines)
 

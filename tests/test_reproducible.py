@@ -51,6 +51,45 @@ def test_any_layout_gives_the_same_bits(train, tmp_path):
 
 @pytest.mark.serial
 @pytest.mark.slow
+def test_any_pipeline_gives_the_same_bits(train, tmp_path):
+    """Replicas times stages, every schedule; four stages have one unit each: embedding, block, block, head."""
+    short = {"run.steps": 3, "checkpoint.every": 0, "run.precision": "bf16", "data.mask_documents": "true"}
+    alone = train(1, tmp_path / "one", **short)
+    layouts = [(2, 1, "1f1b"), (2, 2, "gpipe"), (2, 2, "1f1b"), (2, 2, "interleaved"), (2, 2, "zb"), (3, 3, "1f1b"),
+               (3, 3, "zb"), (4, 2, "1f1b"), (4, 2, "interleaved"), (4, 4, "gpipe"), (4, 4, "zb")]
+    for ranks, pp, schedule in layouts:
+        options = {"parallel.pp": pp, "parallel.schedule": schedule} | short
+        assert train(ranks, tmp_path / f"{ranks}-{pp}-{schedule}", **options) == alone, (ranks, pp, schedule)
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+def test_stopping_and_resuming_as_another_pipeline_gives_the_same_bits(train, run_mpi, tmp_path):
+    """Two steps on one rank, two as two replicas of two stages, two as three stages; then it is evaluated."""
+    whole = {"run.precision": "fp32"}
+    undisturbed = train(1, tmp_path / "whole", **whole)
+    pieces = tmp_path / "pieces"
+    for ranks, pp, stop in [(1, 1, 2), (4, 2, 4), (3, 3, STEPS)]:
+        course = train(ranks, pieces, **whole, **{"parallel.pp": pp})
+        for step in range(stop + 1, STEPS + 1):
+            shutil.rmtree(pieces / "checkpoints" / f"step-{step:08}", ignore_errors=True)
+    assert course == undisturbed
+    told = [run_mpi(ranks, ["-m", "mpilm.evaluate", str(pieces), "--sequences", "8"]).stdout for ranks in (1, 2)]
+    assert told[0] == told[1] and f"validation loss {undisturbed[0][-1][3]:.4f}" in told[0], told
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+def test_a_compiled_pipeline_gives_the_same_bits(train, tmp_path):
+    """Also where a schedule would split what compiled code computes in one go."""
+    compiled = {"run.compile": "on", "run.steps": 3, "checkpoint.every": 0}
+    alone = train(1, tmp_path / "one", **compiled)
+    for schedule in ("1f1b", "zb"):
+        assert train(2, tmp_path / schedule, **compiled, **{"parallel.pp": 2, "parallel.schedule": schedule}) == alone
+
+
+@pytest.mark.serial
+@pytest.mark.slow
 def test_compiled_code_gives_the_same_bits(train, tmp_path):
     """Every rank compiles for itself; what it runs must not depend on how much of a step falls to it."""
     compiled = {"run.compile": "on", "log.validate_every": 0}

@@ -10,29 +10,13 @@ from mpilm import assemble, sync
 from mpilm.arithmetic import Arithmetic
 from mpilm.comm import collectives
 from mpilm.comm.worker import Inline
-from mpilm.config import Config, Data, Model, Optim, Run, Sync
 from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.log import UserError
 from mpilm.model.gpt import GPT
 from mpilm.optim import learning_rate
 from tests.helpers import everywhere
-
-VOCAB, LENGTH, SEQUENCES, STEPS = 101, 16, 8, 3
-SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are nothing but rounding
-
-
-def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0):
-    """A small model and a step of eight sequences."""
-    return Config(run=Run(steps=STEPS, reproducible=reproducible), model=Model(layers=2, width=64, heads=4, kv_heads=2),
-                  data=Data(sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=micro_batch_size),
-                  optim=Optim(lr=1e-2, warmup_steps=2, clip=clip, eps=SMOOTH),
-                  sync=Sync(collective=collective, bucket_mib=bucket_mib))
-
-
-def windows(step):
-    """[SEQUENCES, LENGTH + 1] tokens of a step, the same on every rank."""
-    return np.random.default_rng(step).integers(0, VOCAB, (SEQUENCES, LENGTH + 1))
+from tests.training_cases import LENGTH, SEQUENCES, STEPS, VOCAB, configuration, parallel, windows
 
 
 def plain(config):
@@ -54,25 +38,6 @@ def plain(config):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def parallel(config, *, precision="fp32"):
-    """The same steps on all ranks. Returns (losses, norms, parameters)."""
-    with session() as world:
-        arithmetic = Arithmetic(precision, False, 1, config.data.micro_batch_size, config.run.reproducible, "", "")
-        core = assemble.build(config, world, assemble.shape_of(config, VOCAB), arithmetic)
-        assemble.restore(core, assemble.shape_of(config, VOCAB), config, None)
-        losses, norms = [], []
-        size = config.data.micro_batch_size
-        for step in range(STEPS):
-            tokens = windows(step).reshape(-1, size, LENGTH + 1)[core.slots.start:core.slots.stop]
-            mine = core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
-            core.update.begin(step)
-            core.sync.step(core.update)
-            losses.append(core.losses.mean(mine))
-            norms.append(core.sync.grad_norm)
-        world.comm.Barrier()
-        return losses, norms, {name: p.detach().clone() for name, p in core.parameters().items()}
 
 
 def possible(name, comm, *, reproducible):

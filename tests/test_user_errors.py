@@ -86,6 +86,10 @@ def attempt(run_mpi, data, directory, **changes):
     ({"run.resume": "nowhere"}, "nowhere"),
     ({"run.dir": "/dev/null/run"}, "/dev/null"),
     ({"parallel.tp": 2}, "parallel.tp 2"),
+    ({"parallel.pp": 3}, "--parallel.pp may be 1 or 2"),
+    ({"parallel.pp": 2, "model.tied_embeddings": "true"}, "tied_embeddings"),
+    ({"parallel.pp": 2, "parallel.split": "1,1"}, "deals 2 blocks"),
+    ({"parallel.schedule": "2f2b"}, "gpipe, 1f1b, interleaved, zb"),
     ({"optim.lr": 1e30, "optim.warmup_steps": 0, "run.steps": 30, "run.max_skipped": 3}, "3 times in a row"),
 ])
 def test_a_job_that_cannot_work_says_why_and_ends(run_mpi, data, tmp_path, changes, named):

@@ -65,8 +65,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        scale, (for_x, for_weight, *_) = gradients[0], ctx.needs_input_grad      # one at a time when backward is split
-        return dx * scale if for_x else None, dweight * scale if for_weight else None, None, None
+        scale = gradients[0]
+        return dx * scale, dweight * scale, None, None
 
 
 def _chunks(x: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:

@@ -56,7 +56,7 @@ def gpipe(rank: int, ranks: int, num_microbatches: int, chunks: int = 1) -> list
 
 
 def one_forward_one_backward(rank: int, ranks: int, num_microbatches: int, chunks: int = 1) -> list[Action]:
-    """As few forward passes ahead as keep the ranks after this one busy: `ranks - rank` activations are kept at most."""
+    """As few forward passes ahead as keep the ranks after it busy: `ranks - rank` micro-batches are kept at most."""
     return interleaved(rank, ranks, num_microbatches, 1)
 
 
@@ -134,12 +134,12 @@ MENU = {"gpipe": Schedule(gpipe), "1f1b": Schedule(one_forward_one_backward),
         "interleaved": Schedule(interleaved, chunked=True), "zb": Schedule(zero_bubble, split=True)}
 
 
-def get(name: str) -> Schedule:
-    """The schedule of that name.
+def get(name: str, *, option: str = "parallel.schedule") -> Schedule:
+    """The schedule of that name, which was given as `option`.
 
     Raises:
         UserError: There is none; the message lists those there are.
     """
     if name not in MENU:
-        raise UserError(f"--parallel.schedule {name}: there is no such choice; give one of {', '.join(MENU)}.")
+        raise UserError(f"--{option} {name}: there is no such choice; give one of {', '.join(MENU)}.")
     return MENU[name]

@@ -8,9 +8,10 @@ an operation of the path by a thread of its own:
               W2    norm   W1                   the threads: computed in `weight_gradients`, from the gradients that
                                                 arrived at the operations they hang on, which were kept
 
-Autograd computes no more of an operation than is asked for, so every matrix product is done once, in one half or in the
-other, with the same operands as in a whole backward pass: the same bits. (The two halves of zero-bubble schedules are
-those of arXiv 2401.10241.)
+PyTorch's own operations compute no more than they are asked for, so every matrix product is done once, in one half or
+in the other, with the same operands as in a whole backward pass: the same bits. Only a torch.autograd.Function always
+computes all it has; of those that hold weights there is one, the head's, whose backward pass is a multiplication by a
+scalar. (The two halves of zero-bubble schedules are those of arXiv 2401.10241.)
 
     halves = Halves(output, input)
     dx = halves.input_gradient(dy)

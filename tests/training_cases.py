@@ -1,0 +1,64 @@
+"""A small model and a few steps of it, in process: over all ranks, or on each rank alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from mpi4py import MPI
+
+from mpilm import assemble
+from mpilm.arithmetic import Arithmetic
+from mpilm.config import Config, Data, Model, Optim, Parallel, Run, Sync
+from mpilm.data.loader import Batch
+from mpilm.launch import session
+
+VOCAB, LENGTH, SEQUENCES, STEPS = 101, 16, 8, 3
+SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are nothing but rounding
+
+
+def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0,
+                  **parallel):
+    """A small model and a step of eight sequences; `parallel`: options of that section."""
+    return Config(run=Run(steps=STEPS, reproducible=reproducible), model=Model(layers=2, width=64, heads=4, kv_heads=2),
+                  data=Data(sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=micro_batch_size),
+                  optim=Optim(lr=1e-2, warmup_steps=2, clip=clip, eps=SMOOTH),
+                  sync=Sync(collective=collective, bucket_mib=bucket_mib), parallel=Parallel(**parallel))
+
+
+def windows(step):
+    """[SEQUENCES, LENGTH + 1] tokens of a step, the same on every rank."""
+    return np.random.default_rng(step).integers(0, VOCAB, (SEQUENCES, LENGTH + 1))
+
+
+def parallel(config, *, precision="fp32", synchronous=False):
+    """Steps on all ranks. Returns (losses, norms, this rank's parameters)."""
+    with session() as world:
+        result = train(config, world, precision=precision, synchronous=synchronous)
+        world.comm.Barrier()
+        return result
+
+
+def alone(config, *, precision="fp32"):
+    """The same steps on one rank: each rank does them for itself."""
+    with session() as world:
+        one = dataclasses.replace(world, comm=MPI.COMM_SELF.Dup(), rank=0, size=1, _duplicates=[])
+        return train(config, one, precision=precision)
+
+
+def train(config, world, *, precision, synchronous=False):
+    """STEPS steps over the ranks of `world`; `synchronous` holds every send back until it is being received."""
+    arithmetic = Arithmetic(precision, False, 1, config.data.micro_batch_size, config.run.reproducible, "", "")
+    core = assemble.build(config, world, assemble.shape_of(config, VOCAB), arithmetic)
+    assemble.restore(core, assemble.shape_of(config, VOCAB), config, None)
+    core.pipeline.messages.ledger.synchronous = synchronous
+    losses, norms = [], []
+    size = config.data.micro_batch_size
+    for step in range(STEPS):
+        tokens = windows(step).reshape(-1, size, LENGTH + 1)[core.slots.start:core.slots.stop]
+        mine = core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
+        core.update.begin(step)
+        core.sync.step(core.update)
+        losses.append(core.losses.mean(mine))
+        norms.append(core.sync.grad_norm)
+    return losses, norms, {name: p.detach().clone() for name, p in core.parameters().items()}
