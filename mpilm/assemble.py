@@ -130,8 +130,8 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
         for part in parts:
             part.compile_parts()
         if schedule.split:
-            warn(f"--parallel.schedule {config.parallel.schedule}: compiled code computes a backward pass in one go, so "
-                 "its halves can't fill bubbles; --run.compile off lets them.")
+            warn(f"--parallel.schedule {config.parallel.schedule}: compiled code computes a backward pass in one go, and "
+                 "no half of it can fill a bubble; --run.compile off changes that.")
     stages = Pipeline(parts, synchronizer, mesh.pp, schedule,
                       num_slots=sum(map(len, runs)), dtype=decision.dtype, whole=decision.compile)
     return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.dp, runs, mesh.pp), update)

@@ -49,8 +49,8 @@ def test_units_add_up_to_the_model():
 
 def test_by_hand():
     """The embedding goes with the first stage, the head with the last, which may have nothing else."""
-    assert partition.by_hand([2, 4], layers=6) == [range(0, 3), range(3, 8)]
-    assert partition.by_hand([0, 6, 0], layers=6) == [range(0, 1), range(1, 7), range(7, 8)]
+    assert partition.by_hand([2, 4], layers=6) == [range(3), range(3, 8)]
+    assert partition.by_hand([0, 6, 0], layers=6) == [range(1), range(1, 7), range(7, 8)]
     for wrong in ([2, 3], [3, 0, 3]):
         with pytest.raises(UserError, match="--parallel.split " + ",".join(map(str, wrong))):
             partition.by_hand(wrong, layers=6)

@@ -72,7 +72,7 @@ def test_how_many_activations_are_kept(ranks, micro_batches):
 
 @given(st.integers(2, 8), st.integers(0, 16), st.integers(1, 5), st.integers(1, 5))
 def test_bubbles_are_those_of_the_papers(ranks, more, forward, backward):
-    """(p - 1) (F + I + W) for GPipe and 1F1B; (p - 1) (F + I - W) for ZB-H1 where all three take as long as each other."""
+    """(p - 1) (F + I + W) for GPipe and 1F1B; (p - 1) (F + I - W) for ZB-H1 where all are alike."""
     micro_batches = ranks + more
     cost = Cost(forward, backward, backward)
     for name in ("gpipe", "1f1b"):
@@ -121,5 +121,5 @@ def test_the_simulation_sees_a_deadlock():
 
 def test_an_unknown_schedule_is_named():
     """With those there are."""
-    with pytest.raises(UserError, match="1f2b.*1f1b"):
+    with pytest.raises(UserError, match=r"1f2b.*1f1b"):
         schedules.get("1f2b")
