@@ -81,7 +81,7 @@ def trainer(config: Config, world: World) -> Trainer:
         losses=core.losses,
         validation=_validation(config, core),
         metrics=_metrics(config, world, state),
-        saver=_saver(config, world, core, shape, about, saved=state.step if reader else -1),
+        saver=_saver(config, world, core, shape, about, reader=reader),
         flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)
 
 
@@ -130,8 +130,8 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
         for part in parts:
             part.compile_parts()
         if schedule.split:
-            warn(f"--parallel.schedule {config.parallel.schedule}: compiled code computes a backward pass in one go, and "
-                 "no half of it can fill a bubble; --run.compile off changes that.")
+            warn(f"--parallel.schedule {config.parallel.schedule}: compiled code computes a backward pass in one go, "
+                 "and no half of it can fill a bubble; --run.compile off changes that.")
     stages = Pipeline(parts, synchronizer, mesh.pp, schedule,
                       num_slots=sum(map(len, runs)), dtype=decision.dtype, whole=decision.compile)
     return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.dp, runs, mesh.pp), update)
@@ -203,10 +203,11 @@ def _metrics(config: Config, world: World, state: TrainState) -> Metrics:
                    write=world.rank == 0)
 
 
-def _saver(config: Config, world: World, core: Core, shape: Shape, about: dict[str, Any], *, saved: int) -> Saver:
+def _saver(config: Config, world: World, core: Core, shape: Shape, about: dict[str, Any], *,
+           reader: Reader | None) -> Saver:
     writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint"),
                     keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    return Saver(writer, core.sync, shape, core.mesh.dp, config.checkpoint, about=about, saved=saved)
+    return Saver(writer, core.sync, shape, core.mesh.dp, config.checkpoint, about=about, reader=reader)
 
 
 def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:

@@ -279,10 +279,9 @@ def check(config: Config) -> None:
     for option in ("optim.eps", "sync.bucket_mib", "model.rope_theta", "model.norm_eps"):
         _require(config, option, lambda value: 0 < value < float("inf"), "a finite number above 0")
     _check_shape(config.model)
-    data = config.data
-    if data.global_batch_size % data.micro_batch_size:
-        raise UserError(f"--data.micro_batch_size {data.micro_batch_size} must divide "
-                        f"--data.global_batch_size {data.global_batch_size}.")
+    if config.data.global_batch_size % config.data.micro_batch_size:
+        raise UserError(f"--data.micro_batch_size {config.data.micro_batch_size} must divide "
+                        f"--data.global_batch_size {config.data.global_batch_size}.")
 
 
 def _require(config: Config, option: str, allowed: Any, meaning: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from mpilm.checkpoint import Piece, Writer
+from mpilm.checkpoint import Piece, Reader, Saved, Writer
 from mpilm.config import Checkpoint
 from mpilm.model.shape import Shape
 from mpilm.state import TrainState, describe, pieces
@@ -17,18 +18,22 @@ class Saver:
     Args:
         comm: The ranks that hold the same tensors, and share the work of writing them.
         about: What the manifest says about the run besides its state.
-        saved: The step of the checkpoint that the run was resumed from, or -1.
+        reader: The checkpoint that the run was resumed from, or None.
+
+    Attributes:
+        path: The newest complete checkpoint of this run, or None.
     """
 
     def __init__(self, writer: Writer, sync: Allreduce, shape: Shape, comm: Any, config: Checkpoint, *,
-                 about: dict[str, Any], saved: int) -> None:
+                 about: dict[str, Any], reader: Reader | None) -> None:
         self.writer, self.sync, self.shape, self.comm, self.config = writer, sync, shape, comm, config
-        self.about, self.saved = about, saved
+        self.about, self.saved = about, reader.step if reader else -1
+        self.path: Path | None = reader.path if reader else None
         writer.reserve(self._pieces())
 
     def after_step(self, state: TrainState, *, last: bool) -> None:
         """Save if it is time to; otherwise see how an earlier save is getting on."""
-        self.writer.poll()
+        self._note(self.writer.poll())
         due = last or (self.config.every and state.step % self.config.every == 0)
         if due and state.step != self.saved:
             self.writer.save(state.step, self._pieces(), describe(state, self.about))
@@ -39,4 +44,7 @@ class Saver:
 
     def wait(self) -> None:
         """Return when everything saved is complete on disk."""
-        self.writer.wait()
+        self._note(self.writer.wait())
+
+    def _note(self, saved: Saved | None) -> None:
+        self.path = saved.path if saved else self.path

@@ -51,7 +51,7 @@ def summarize(trainer: Trainer, config: Config, world: World) -> None:
         lines.append("nothing was left to train: raise --run.steps, or give another --run.dir")
     lines.append(f"run directory     {config.run.dir}")
     say("\n" + "\n".join(lines))
-    reader = resume.open_run(config.run.dir, world.comm)  # a rank of a pipeline has only a part of the model
+    reader = resume.open_run(str(trainer.saver.path), world.comm)  # a rank of a pipeline has only a part of the model
     if world.rank == 0:
         text = generate.sample(assemble.trained(reader), config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
                                context=config.data.sequence_length, temperature=0.7, seed=config.run.seed)
