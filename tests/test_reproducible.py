@@ -52,11 +52,12 @@ def test_any_layout_gives_the_same_bits(train, tmp_path):
 @pytest.mark.serial
 @pytest.mark.slow
 def test_any_pipeline_gives_the_same_bits(train, tmp_path):
-    """Replicas times stages, every schedule; four stages have one unit each: embedding, block, block, head."""
+    """Replicas times stages, every schedule; four stages have one unit each: embedding, block, block, head.
+
+    Every combination is in parallel/test_pipeline.py; these are whole jobs, with validation and documents."""
     short = {"run.steps": 3, "checkpoint.every": 0, "run.precision": "bf16", "data.mask_documents": "true"}
     alone = train(1, tmp_path / "one", **short)
-    layouts = [(2, 1, "1f1b"), (2, 2, "gpipe"), (2, 2, "1f1b"), (2, 2, "interleaved"), (2, 2, "zb"), (3, 3, "1f1b"),
-               (3, 3, "zb"), (4, 2, "1f1b"), (4, 2, "interleaved"), (4, 4, "gpipe"), (4, 4, "zb")]
+    layouts = [(2, 2, "gpipe"), (2, 2, "zb"), (3, 3, "1f1b"), (4, 2, "interleaved"), (4, 4, "zb")]
     for ranks, pp, schedule in layouts:
         options = {"parallel.pp": pp, "parallel.schedule": schedule} | short
         assert train(ranks, tmp_path / f"{ranks}-{pp}-{schedule}", **options) == alone, (ranks, pp, schedule)

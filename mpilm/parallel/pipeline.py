@@ -109,7 +109,7 @@ class Pipeline:
     def _forward(self, action: Action) -> None:
         chunk, slot = self.chunks[action.chunk], action.micro_batch
         hidden = self._received(action)
-        if hidden is not None and torch.is_floating_point(hidden):
+        if hidden is not None:
             hidden.requires_grad_()
         output = chunk(*self.batch[slot], hidden)
         if chunk.last:
