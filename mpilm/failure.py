@@ -22,7 +22,7 @@ import termios
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mpilm.log import UserError
 
@@ -35,6 +35,7 @@ T = TypeVar("T")
 USER_ERROR, INTERRUPTED = 2, 130
 GRACE_S = 3.0
 READ_S, PASSED_ON_S = 2.0, 0.05
+STDERR = 2
 
 
 class RankError(RuntimeError):
@@ -162,7 +163,7 @@ class Guard:
         from mpi4py import MPI
 
         _print(f"{self.label} {text}")
-        _wait_until_read(sys.stderr)
+        wait_until_read(STDERR)
         MPI.COMM_WORLD.Abort(code or 1)
         os._exit(code or 1)
 
@@ -178,10 +179,10 @@ def _print(text: str) -> None:
     sys.stderr.flush()
 
 
-def _wait_until_read(stream: TextIO) -> None:
+def wait_until_read(descriptor: int) -> None:
     """Let the launcher pass our words on: it hears of the abort by another way, often sooner, and speaks itself."""
     try:
-        descriptor, unread = stream.fileno(), array.array("i", [1])
+        unread = array.array("i", [1])
         if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
             return
         deadline = time.monotonic() + READ_S
@@ -189,5 +190,5 @@ def _wait_until_read(stream: TextIO) -> None:
             time.sleep(0.005)
             fcntl.ioctl(descriptor, termios.FIONREAD, unread)
         time.sleep(PASSED_ON_S)
-    except (OSError, ValueError):
+    except OSError:
         return

@@ -31,7 +31,7 @@ os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # for one-sided messages, which n
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
 
-from mpilm import placement, startup  # noqa: E402
+from mpilm import failure, placement, startup  # noqa: E402
 
 startup.start_mpi(placement.launcher(os.environ))
 
@@ -177,6 +177,7 @@ def _vote(config: pytest.Config, ballot: Any, *, failed: bool) -> list[Any]:
 
 def _abort(config: pytest.Config, text: str) -> None:
     os.write(config.stash[STDERR], f"\n[rank {WORLD.rank}] {text}\n".encode())
+    failure.wait_until_read(config.stash[STDERR])
     WORLD.Abort(1)
 
 
