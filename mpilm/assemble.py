@@ -14,7 +14,7 @@ from mpilm.arithmetic import Arithmetic
 from mpilm.checkpoint import Reader, Writer
 from mpilm.comm import choose
 from mpilm.comm.collectives import Collective
-from mpilm.comm.mesh import Mesh
+from mpilm.comm.mesh import AXES, Mesh
 from mpilm.comm.node import Node
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
@@ -113,8 +113,9 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     if config.model.kind != "gpt":
         raise UserError(f"--model.kind {config.model.kind}: this version has gpt.")
     layout.check(config, shape, world.size)
-    pp = config.parallel.pp
-    mesh = Mesh.build(world.dup("workers"), dp=world.size // pp, pp=pp, tp=1)
+    parallel = config.parallel
+    pp, cp, tp = parallel.pp, parallel.cp, parallel.tp
+    mesh = Mesh.build(world.dup("workers"), dp=world.size // (pp * cp * tp), pp=pp, cp=cp, tp=tp)
     runs = layout.slots(config, mesh.dp.size, reproducible=decision.reproducible)
     slots = runs[mesh.dp.rank]
     parts = [GPT(shape, units) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
@@ -122,7 +123,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     parameters = named(parts)
     matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
     synchronizer = sync.get(config.sync.kind)(
-        parameters, matrices, _collective(config, mesh), mesh.pp, _worker(world, mesh),
+        parameters, matrices, _collective(config, mesh), mesh.parts, _worker(world, mesh),
         states=update.STATES, num_slots=len(slots), dtype=decision.dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
     schedule = schedules.get(config.parallel.schedule)
@@ -143,12 +144,12 @@ def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:
 
 
 def _describe(mesh: Mesh) -> dict[str, int]:
-    return {"dp": mesh.dp.size, "pp": mesh.pp.size, "tp": mesh.tp.size}
+    return {axis: getattr(mesh, axis).size for axis in AXES}
 
 
 def _collective(config: Config, mesh: Mesh) -> Collective:
-    return choose.build(config.sync.collective, mesh.dp, Node.build(mesh.dp), reproducible=config.run.reproducible,
-                        count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES)
+    return choose.build(config.sync.collective, mesh.replicas, Node.build(mesh.replicas),
+                        reproducible=config.run.reproducible, count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES)
 
 
 def _worker(world: World, mesh: Mesh) -> Worker | Inline:
@@ -207,7 +208,7 @@ def _saver(config: Config, world: World, core: Core, shape: Shape, about: dict[s
            reader: Reader | None) -> Saver:
     writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint"),
                     keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    return Saver(writer, core.sync, shape, core.mesh.dp, config.checkpoint, about=about, reader=reader)
+    return Saver(writer, core.sync, shape, core.mesh.replicas, config.checkpoint, about=about, reader=reader)
 
 
 def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:

@@ -1,6 +1,4 @@
-"""The configuration: one dataclass a section, read from TOML and the command line.
-
-    python -m mpilm.train --config jobs/gpt-10m.toml --optim.lr 3e-4
+"""The configuration: one dataclass a section. `options` reads them from TOML and the command line.
 
 Every default stands here and nowhere else. What depends on the machine ("auto") is decided
 where it is measured, and the decision is written into the run directory.
@@ -9,14 +7,8 @@ where it is measured, and the decision is written into the run directory.
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any, Literal
-
-from mpilm.log import UserError
 
 Auto = Literal["auto", "on", "off"]
 
@@ -131,6 +123,7 @@ class Parallel:
 
     Args:
         pp: Ranks of a pipeline; each holds some of the layers.
+        cp: Ranks that share every sequence.
         tp: Ranks that share every layer.
         schedule: Order of a pipeline's work: gpipe, 1f1b, interleaved, or zb (zero bubble).
         chunks: Parts of the model that a rank holds in the interleaved schedule.
@@ -138,6 +131,7 @@ class Parallel:
     """
 
     pp: int = 1
+    cp: int = 1
     tp: int = 1
     schedule: str = "1f1b"
     chunks: int = 2
@@ -193,7 +187,7 @@ class Log:
 
 @dataclass
 class Config:
-    """A whole run. Sections are independent; what must agree between them is checked in `check`."""
+    """A whole run. Sections are independent; what must agree between them is checked in `options`."""
 
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
@@ -220,81 +214,3 @@ def _toml(value: bool | int | float | str) -> str:
     import json
 
     return json.dumps(value)
-
-
-def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.train", description: str = "") -> Config:
-    """Read `--config FILE.toml` and options such as `--optim.lr 1e-3`; later ones win.
-
-    Raises:
-        UserError: An unknown key, a value of the wrong type or out of range; the message names it.
-        SystemExit: After `--help` (0).
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(prog=prog, description=description, parser_mode="toml", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="TOML file with these sections; options after it win.")
-    parser.add_class_arguments(Config, as_group=False)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    _require_files(argv)
-    try:
-        values = parser.parse_args(argv)
-        values.pop("config", None)
-        config: Config = Config(**vars(parser.instantiate(values)))
-    except (ArgumentError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{_readable(error)}\n  {prog} --help lists what is allowed.") from None
-    check(config)
-    return config
-
-
-def _require_files(argv: Sequence[str]) -> None:
-    """jsonargparse would read the name of a missing file as TOML and complain about its syntax."""
-    for option, value in zip_longest(argv, argv[1:], fillvalue=""):
-        name = option.partition("=")[2] if option.startswith("--config=") else value
-        if option.partition("=")[0] == "--config" and not os.path.isfile(name):
-            raise UserError(f"--config {name}: there is no such file.")
-
-
-def _readable(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return "\n  ".join(lines) or type(error).__name__
-
-
-def check(config: Config) -> None:
-    """Values that no layout and no machine could make sense of.
-
-    Raises:
-        UserError: Names the option, what was given and what is allowed.
-    """
-    for option in ("run.steps", "data.sequence_length", "data.global_batch_size", "data.micro_batch_size",
-                   "model.layers", "model.width", "model.heads", "run.max_skipped", "parallel.pp", "parallel.tp",
-                   "parallel.chunks", "log.every", "checkpoint.keep_last", "log.validation_sequences"):
-        _require(config, option, lambda value: value >= 1, "a whole number from 1 up")
-    for option in ("run.seed", "run.threads", "model.kv_heads", "model.hidden", "model.vocab_size",
-                   "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every"):
-        _require(config, option, lambda value: value >= 0, "a whole number from 0 up")
-    for option in ("optim.clip", "optim.weight_decay", "optim.lr"):
-        _require(config, option, lambda value: 0 <= value < float("inf"), "a finite number from 0 up")
-    for option in ("optim.beta1", "optim.beta2", "optim.min_lr", "optim.decay_fraction"):
-        _require(config, option, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-    for option in ("optim.eps", "sync.bucket_mib", "model.rope_theta", "model.norm_eps"):
-        _require(config, option, lambda value: 0 < value < float("inf"), "a finite number above 0")
-    _check_shape(config.model)
-    if config.data.global_batch_size % config.data.micro_batch_size:
-        raise UserError(f"--data.micro_batch_size {config.data.micro_batch_size} must divide "
-                        f"--data.global_batch_size {config.data.global_batch_size}.")
-
-
-def _require(config: Config, option: str, allowed: Any, meaning: str) -> None:
-    section, key = option.split(".")
-    value = getattr(getattr(config, section), key)
-    if not allowed(value):
-        raise UserError(f"--{option} {value}: give {meaning}.")
-
-
-def _check_shape(model: Model) -> None:
-    if model.width % (2 * model.heads):
-        divisors = [n for n in range(1, model.width // 2 + 1) if model.width % (2 * n) == 0]
-        raise UserError(f"--model.heads {model.heads} does not divide --model.width {model.width} into heads of even "
-                        f"size; with this width it may be {', '.join(map(str, divisors[:12]))} ...")
-    if model.kv_heads and model.heads % model.kv_heads:
-        raise UserError(f"--model.kv_heads {model.kv_heads} must divide --model.heads {model.heads}.")

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from mpilm import config as configuration
-from mpilm import launch
+from mpilm import launch, options
 from mpilm.config import Config
 from mpilm.launch import World
 from mpilm.log import say
@@ -22,7 +21,7 @@ DESCRIPTION = "Train a language model on the ranks that mpirun or srun started; 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, launch, train, tell what came out."""
-    config = configuration.parse(argv, description=DESCRIPTION)
+    config = options.parse(argv, description=DESCRIPTION)
     with launch.session(run_dir=config.run.dir) as world:
         from mpilm import assemble
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpilm import config
+from mpilm import config, options
 from mpilm.model import count
 from mpilm.model.shape import Shape
 from tests.helpers import REPOSITORY
@@ -17,7 +17,7 @@ SCRIPTS = sorted((REPOSITORY / "jobs").glob("*.slurm"))
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset(path):
-    run = config.parse(["--config", str(path)])
+    run = options.parse(["--config", str(path)])
     name = path.stem.removeprefix("gpt-")
     vocab_size = int(path.read_text().split("vocabulary of ")[1].split()[0].strip(".:;,").replace(",", ""))
     model = run.model
@@ -34,7 +34,7 @@ def test_presets_reach_from_1m_to_7b():
 
 
 def test_the_defaults_are_the_3m_preset():
-    assert config.parse(["--config", str(REPOSITORY / "jobs" / "gpt-3m.toml")]) == config.parse([]) == config.Config()
+    assert options.parse(["--config", str(REPOSITORY / "jobs" / "gpt-3m.toml")]) == options.parse([]) == config.Config()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

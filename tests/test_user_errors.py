@@ -9,14 +9,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mpilm import config
+from mpilm import options
+from mpilm.config import Config
 from mpilm.log import UserError
 from tests import datasets
 
 OPTIONS = {"run.compile": "off", "run.steps": 2, "data.sequence_length": 32, "data.global_batch_size": 8,
            "data.micro_batch_size": 2, "model.layers": 1, "model.width": 32, "model.heads": 2,
            "log.tensorboard": "false"}
-OPTION_NAMES = [f"{section}.{key}" for section, values in config.Config().to_dict().items() for key in values]
+OPTION_NAMES = [f"{section}.{key}" for section, values in Config().to_dict().items() for key in values]
 
 
 @given(st.sampled_from(OPTION_NAMES), st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=12))
@@ -28,7 +29,7 @@ OPTION_NAMES = [f"{section}.{key}" for section, values in config.Config().to_dic
 def test_any_text_for_any_option_is_taken_or_refused(option, text):
     """Nothing but a configuration or an error that tells."""
     with contextlib.suppress(UserError):
-        config.parse([f"--{option}={text}"])
+        options.parse([f"--{option}={text}"])
 
 
 @given(st.binary(max_size=60))
@@ -41,15 +42,15 @@ def test_any_file_for_a_configuration_is_taken_or_refused(tmp_path, content):
     path = tmp_path / "run.toml"
     path.write_bytes(content)
     with contextlib.suppress(UserError):
-        config.parse(["--config", str(path)])
+        options.parse(["--config", str(path)])
 
 
 def test_a_configuration_survives_its_own_text(tmp_path):
     """What is written into the run directory reads back equal."""
-    given_config = config.parse(["--run.dir", 'a "strange"\\name', "--optim.lr", "1e-5", "--sync.bucket_mib", "2"])
+    given_config = options.parse(["--run.dir", 'a "strange"\\name', "--optim.lr", "1e-5", "--sync.bucket_mib", "2"])
     path = tmp_path / "run.toml"
     path.write_text(given_config.to_toml())
-    assert config.parse(["--config", str(path)]) == given_config
+    assert options.parse(["--config", str(path)]) == given_config
 
 
 @pytest.mark.parametrize(("argv", "named"), [
@@ -61,7 +62,7 @@ def test_a_configuration_survives_its_own_text(tmp_path):
 def test_the_culprit_is_named(argv, named):
     """What was given is in the message."""
     with pytest.raises(UserError, match=named):
-        config.parse(argv)
+        options.parse(argv)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
-"""The process grid: which ranks hold copies of the model (dp), which its stages (pp), which share its layers (tp).
+"""The process grid: copies of the model (dp), its stages (pp), who shares its sequences (cp) and its layers (tp).
 
-    mesh = Mesh.build(comm, dp=2, pp=1, tp=4)
-    mesh.tp        my row: neighbours in rank, so they share a node
-    mesh.dp        the ranks with my place in other copies of the model
+    mesh = Mesh.build(comm, dp=2, pp=1, cp=1, tp=4)
+    mesh.tp          my row: neighbours in rank, so they share a node
+    mesh.dp          the ranks with my place in other copies of the model
+    mesh.replicas    dp and cp together: the ranks that hold the parameters I hold
+    mesh.parts       pp and tp together: the ranks that hold the other parameters of the same model
 """
 
 from __future__ import annotations
@@ -13,33 +15,38 @@ from mpi4py import MPI
 
 from mpilm.log import UserError
 
+AXES = ("dp", "pp", "cp", "tp")
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """Three communicators through this rank, one along each axis; `comm` holds them all."""
+    """Communicators through this rank, along each axis and over pairs of them; `comm` holds them all."""
 
     comm: MPI.Cartcomm
     dp: MPI.Comm
     pp: MPI.Comm
+    cp: MPI.Comm
     tp: MPI.Comm
+    replicas: MPI.Comm
+    parts: MPI.Comm
 
     @classmethod
-    def build(cls, comm: MPI.Comm, *, dp: int, pp: int, tp: int) -> Mesh:
-        """Arrange the ranks of `comm` as (dp, pp, tp), tp fastest. Collective over `comm`.
+    def build(cls, comm: MPI.Comm, *, dp: int, pp: int = 1, cp: int = 1, tp: int = 1) -> Mesh:
+        """Arrange the ranks of `comm` as (dp, pp, cp, tp), tp fastest. Collective over `comm`.
 
         Raises:
             UserError: The axes do not make up the number of ranks.
         """
-        if dp < 1 or dp * pp * tp != comm.size:
+        if dp < 1 or dp * pp * cp * tp != comm.size:
             raise UserError(
-                f"--parallel.pp {pp} times --parallel.tp {tp} must divide the number of ranks, {comm.size}"
-                f" (with dp {dp} they make up {dp * pp * tp})."
+                f"--parallel.pp {pp} times --parallel.cp {cp} times --parallel.tp {tp} must divide the number of "
+                f"ranks, {comm.size} (with dp {dp} they make up {dp * pp * cp * tp})."
             )
-        grid = MPI.Intracomm(comm).Create_cart([dp, pp, tp], periods=[False] * 3, reorder=False)
-        axes = [grid.Sub([place == axis for place in range(3)]) for axis in range(3)]
-        return cls(grid, *axes)
+        grid = MPI.Intracomm(comm).Create_cart([dp, pp, cp, tp], periods=[False] * 4, reorder=False)
+        along = [{axis} for axis in AXES] + [{"dp", "cp"}, {"pp", "tp"}]
+        return cls(grid, *(grid.Sub([axis in kept for axis in AXES]) for kept in along))
 
     def free(self) -> None:
         """Give the communicators back. Collective over `comm`."""
-        for comm in (self.dp, self.pp, self.tp, self.comm):
+        for comm in (self.dp, self.pp, self.cp, self.tp, self.replicas, self.parts, self.comm):
             comm.Free()

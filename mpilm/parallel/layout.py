@@ -5,7 +5,10 @@ A layout is refused with those that would work. Nothing here needs more than the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
+from math import prod
+from typing import NamedTuple
 
 from mpilm.comm import order
 from mpilm.config import Config
@@ -16,6 +19,14 @@ from mpilm.parallel import partition, schedules
 LINE = 12  # numbers that a message lists at most
 
 
+class Axes(NamedTuple):
+    """Ranks along the axes that split one model; what is left of the ranks is data parallel."""
+
+    pp: int
+    cp: int
+    tp: int
+
+
 def check(config: Config, shape: Shape, ranks: int) -> None:
     """Refuse what can't work on so many ranks.
 
@@ -24,26 +35,39 @@ def check(config: Config, shape: Shape, ranks: int) -> None:
     """
     parallel = config.parallel
     schedules.get(parallel.schedule)
-    if parallel.tp != 1:
-        raise UserError(f"--parallel.tp {parallel.tp}: layers are not split over ranks in this version; give 1.")
-    works = [pp for pp in range(1, ranks + 1) if _why_not(config, shape, ranks, pp) is None]
-    if reason := _why_not(config, shape, ranks, parallel.pp):
-        remedy = f"With {ranks} ranks and these options --parallel.pp may be {_listed(works)}." if works else (
-            f"No --parallel.pp works with {ranks} ranks and these options.")
-        raise UserError(f"--parallel.pp {parallel.pp}: {reason} {remedy}")
+    given = Axes(parallel.pp, parallel.cp, parallel.tp)
+    if reason := _why_not(config, shape, ranks, given):
+        raise UserError(f"{_options(given)}: {reason} {_remedy(config, shape, ranks, given)}")
     stages(config, shape)
 
 
-def _why_not(config: Config, shape: Shape, ranks: int, pp: int) -> str | None:
+def _why_not(config: Config, shape: Shape, ranks: int, axes: Axes) -> str | None:
+    """The first reason against a layout."""
+    pp, cp, tp = axes
+    if ranks % prod(axes):
+        if cp == tp == 1:
+            return f"{ranks} ranks can't be divided into pipelines of {pp}."
+        return f"{ranks} ranks can't be divided into models of {' x '.join(map(str, axes))} (pp x cp x tp)."
+    return (_stages_why_not(config, shape, pp) or _context_why_not(config, cp) or _tensor_why_not(shape, tp)
+            or _slots_why_not(config, ranks // prod(axes)))
+
+
+def _stages_why_not(config: Config, shape: Shape, pp: int) -> str | None:
     parts = pp * num_chunks(config)
-    if ranks % pp:
-        return f"{ranks} ranks can't be divided into pipelines of {pp}."
     if parts > shape.units:
         return (f"the model has {shape.units} pieces to deal ({shape.layers} blocks, the embedding, the head), "
                 f"and {parts} stages are wanted.")
     if parts > 1 and shape.tied_embeddings:
         return "--model.tied_embeddings true wants embedding and head on one stage, so pp 1 without chunks, or false."
-    return _slots_why_not(config, ranks // pp)
+    return None
+
+
+def _context_why_not(config: Config, cp: int) -> str | None:
+    return None if cp == 1 else "sequences are not split over ranks in this version; give --parallel.cp 1."
+
+
+def _tensor_why_not(shape: Shape, tp: int) -> str | None:
+    return None if tp == 1 else "layers are not split over ranks in this version; give --parallel.tp 1."
 
 
 def _slots_why_not(config: Config, dp: int) -> str | None:
@@ -99,6 +123,35 @@ def of_rank(stages: list[range], rank: int, ranks: int) -> list[range]:
     return stages[rank::ranks]
 
 
-def _listed(numbers: list[int]) -> str:
-    words = [str(number) for number in numbers[:LINE]] + (["..."] if len(numbers) > LINE else [])
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+def _options(axes: Axes) -> str:
+    """The axes as they are typed; pp stands for them all when nothing is split."""
+    typed = [f"--parallel.{name} {size}" for name, size in axes._asdict().items() if size > 1]
+    return " ".join(typed) or f"--parallel.pp {axes.pp}"
+
+
+def _remedy(config: Config, shape: Shape, ranks: int, given: Axes) -> str:
+    """What one option could be changed to; else whole layouts."""
+    def works(axes: Axes) -> bool:
+        return _why_not(config, shape, ranks, axes) is None
+
+    changes = []
+    for name, size in given._asdict().items():
+        fitting = [other for other in _divisors(ranks) if works(given._replace(**{name: other}))]
+        if fitting and (size > 1 or prod(given) == 1):
+            changes.append(f"--parallel.{name} may be {_listed(fitting)}")
+    if not changes:
+        layouts = [Axes(*sizes) for sizes in product(_divisors(ranks), repeat=len(given))]
+        changes = [_listed([_options(axes) for axes in layouts if works(axes)])]
+        if not changes[0]:
+            return f"No layout works with {ranks} ranks and these options."
+        return f"With {ranks} ranks and these options these would work: {changes[0]}."
+    return f"With {ranks} ranks and these options {'; or '.join(changes)}."
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _listed(choices: Sequence[object]) -> str:
+    words = [str(choice) for choice in choices[:LINE]] + (["..."] if len(choices) > LINE else [])
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}" if words else ""
