@@ -22,7 +22,7 @@ from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
 from mpilm.launch import World
-from mpilm.log import UserError, say, warn
+from mpilm.log import UserError, say
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
 from mpilm.model.gpt import GPT
@@ -130,11 +130,8 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     if decision.compile:
         for part in parts:
             part.compile_parts()
-        if schedule.split:
-            warn(f"--parallel.schedule {config.parallel.schedule}: compiled code computes a backward pass in one go, "
-                 "and no half of it can fill a bubble; --run.compile off changes that.")
     stages = Pipeline(parts, synchronizer, mesh.pp, schedule,
-                      num_slots=sum(map(len, runs)), dtype=decision.dtype, whole=decision.compile)
+                      num_slots=sum(map(len, runs)), dtype=decision.dtype)
     return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.dp, runs, mesh.pp), update)
 
 

@@ -82,7 +82,7 @@ def test_stopping_and_resuming_as_another_pipeline_gives_the_same_bits(train, ru
 @pytest.mark.serial
 @pytest.mark.slow
 def test_a_compiled_pipeline_gives_the_same_bits(train, tmp_path):
-    """Also where a schedule would split what compiled code computes in one go."""
+    """Also where a schedule splits compiled backward passes."""
     compiled = {"run.compile": "on", "run.steps": 3, "checkpoint.every": 0}
     alone = train(1, tmp_path / "one", **compiled)
     for schedule in ("1f1b", "zb"):

@@ -20,9 +20,9 @@ from torch import Tensor
 from mpilm.data.loader import Batch
 from mpilm.model.gpt import GPT
 from mpilm.parallel import routes, schedules
+from mpilm.parallel.deferred import Deferred, Half
 from mpilm.parallel.messages import Messages
 from mpilm.parallel.schedules import Action, Kind, Schedule
-from mpilm.parallel.split import Halves
 
 
 class Slots(Protocol):
@@ -45,15 +45,14 @@ class Pipeline:
         schedule: An entry of schedules.MENU.
         num_slots: Slots of the global batch, over all ranks.
         dtype: Of activations.
-        whole: Even a split schedule computes a backward pass in one go, at its first half: compiled code cannot split.
     """
 
     def __init__(self, chunks: Sequence[GPT], slots: Slots, comm: MPI.Comm, schedule: Schedule, *, num_slots: int,
-                 dtype: torch.dtype, whole: bool = False) -> None:
+                 dtype: torch.dtype) -> None:
         self.chunks, self.slots, self.comm, self.schedule, self.num_slots = chunks, slots, comm, schedule, num_slots
         self.stages = comm.size * len(chunks)
         self.messages = Messages(comm, dtype)
-        self.whole = whole
+        self.deferred = [Deferred(chunk) for chunk in chunks] if schedule.split else []
         self.names = [{name for name, _ in chunk.named_parameters()} for chunk in chunks]
         self.passes = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.INPUT: self._input,
                        Kind.WEIGHT: self._weight}
@@ -89,6 +88,8 @@ class Pipeline:
         keys = (self._needs(action) for action in actions)
         shape = (*batch.inputs.shape[1:], self.chunks[0].shape.width)
         self.messages.expect((key for key in keys if key is not None), shape)
+        for deferred in self.deferred:
+            deferred.prepare(batch.inputs.shape[1:])
         for action in actions:
             self.passes[action.kind](action)
         self.messages.finish()
@@ -102,7 +103,7 @@ class Pipeline:
         self.batch = batch
         self.losses: dict[int, Tensor] = {}
         self.graphs: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
-        self.halves: dict[tuple[int, int], Halves] = {}
+        self.halves: dict[tuple[int, int], Half] = {}
         if batch:
             self.messages.wait_s = 0.0
 
@@ -127,19 +128,16 @@ class Pipeline:
         self._send(action, None if hidden is None else hidden.grad)
 
     def _input(self, action: Action) -> None:
-        if self.whole:
-            self._backward(action)
-            return
         output, hidden = self.graphs.pop((action.chunk, action.micro_batch))
-        halves = self.halves[action.chunk, action.micro_batch] = Halves(output, hidden)
-        self._send(action, halves.input_gradient(self._received(action)))
+        deferred, gradient = self.deferred[action.chunk], self._received(action)
+        self.slots.begin_slot(action.micro_batch, deferred.early)
+        half = self.halves[action.chunk, action.micro_batch] = deferred.backward(output, gradient, hidden)
+        self.slots.end_slot()
+        self._send(action, half.input_gradient)
 
     def _weight(self, action: Action) -> None:
-        if self.whole:
-            return
-        halves = self.halves.pop((action.chunk, action.micro_batch))
-        self.slots.begin_slot(action.micro_batch, self.names[action.chunk])
-        halves.weight_gradients()
+        self.slots.begin_slot(action.micro_batch, self.deferred[action.chunk].late)
+        self.halves.pop((action.chunk, action.micro_batch)).weights()
         self.slots.end_slot()
 
     def _needs(self, action: Action) -> routes.Message | None:
