@@ -22,7 +22,7 @@ from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
 from mpilm.launch import World
-from mpilm.log import UserError, say
+from mpilm.log import UserError, say, warn
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
 from mpilm.model.gpt import GPT
@@ -152,8 +152,11 @@ def _collective(config: Config, mesh: Mesh) -> Collective:
 def _worker(world: World, mesh: Mesh) -> Worker | Inline:
     """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it, and
     from both at once where the backward pass sends messages too."""
-    needed = MPI.THREAD_MULTIPLE if mesh.pp.size > 1 else MPI.THREAD_SERIALIZED
-    return Worker("communication") if world.thread_level >= needed else Inline()
+    level = "MULTIPLE" if mesh.pp.size > 1 else "SERIALIZED"
+    if world.thread_level >= getattr(MPI, f"THREAD_{level}"):
+        return Worker("communication")
+    warn(f"this MPI runs without MPI_THREAD_{level}: gradients are summed after the backward pass, not during it.")
+    return Inline()
 
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:

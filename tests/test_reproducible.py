@@ -25,11 +25,12 @@ def data(tmp_path_factory):
 @pytest.fixture
 def train(run_mpi, data):
     """train(ranks, directory, **options) -> what metrics.jsonl and the final checkpoint say."""
-    def run(ranks, directory, **changes):
+    def run(ranks, directory, env=None, says="", **changes):
         options = OPTIONS | {"data.path": data, "run.dir": directory} | changes
         args = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-        result = run_mpi(ranks, ["-m", "mpilm.train", *args])
+        result = run_mpi(ranks, ["-m", "mpilm.train", *args], env=env)
         assert result.rc == 0, result.stdout + result.stderr
+        assert says in result.stdout + result.stderr
         inspected = run_mpi(1, ["-m", "mpilm.inspect", str(directory), "--json"])
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         courses = [(line["step"], line["loss"], line["grad_norm"], line.get("validation_loss")) for line in lines]
@@ -109,3 +110,15 @@ def test_stopping_and_resuming_on_other_ranks_gives_the_same_bits(train, tmp_pat
     train(2, pieces, **exact)
     shutil.rmtree(pieces / "checkpoints" / f"step-{STEPS:08}")
     assert train(1, pieces, **exact) == undisturbed
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+def test_an_mpi_without_threads_gives_the_same_bits(train, tmp_path):
+    """Sums wait for the end of the backward pass, and that is said."""
+    short = {"run.steps": 2, "log.validate_every": 0, "checkpoint.every": 0}
+    alone = train(1, tmp_path / "one", **short)
+    for level, pp, said in [("serialized", 1, ""), ("serialized", 2, "without MPI_THREAD_MULTIPLE"),
+                            ("funneled", 1, "without MPI_THREAD_SERIALIZED")]:
+        env = {"MPI4PY_RC_THREAD_LEVEL": level}
+        assert train(2, tmp_path / f"{level}-{pp}", env=env, says=said, **short, **{"parallel.pp": pp}) == alone
