@@ -58,11 +58,37 @@ def test_a_configuration_survives_its_own_text(tmp_path):
     (["--model.heads", "5"], "model.heads 5"),
     (["--data.global_batch_size", "10", "--data.micro_batch_size", "4"], "micro_batch_size 4"),
     (["--config", "nowhere.toml"], "nowhere.toml"),
+    (["--config", "/"], "--config /: Is a directory"),
+    (["--run.steps", "1e3"], "run.steps 1000.0: give a whole number"),
+    (["--run.reproducible", "maybe"], "run.reproducible maybe: give true or false"),
+    (["--optim.schedule", "linear"], "optim.schedule linear: give one of cosine, wsd"),
+    (["--run.threads", "100000"], "run.threads 100000: give at most 1,024"),
+    (["--model.width", "10000000001"], "model.width 10000000001"),
+    (["--model.width", "65"], "model.width 65: give an even number"),
+    (["--model.layers", "100000000"], "model.layers 100000000"),
+    (["--data.global_batch_size", str(2**40)], "data.global_batch_size"),
+    (["--optim.beta1", "1"], "optim.beta1 1.0: give a number from 0 to below 1"),
+    (["--run.dir", " "], "run.dir"),
+    (["--run.resume", ""], "run.resume"),
 ])
 def test_the_culprit_is_named(argv, named):
     """What was given is in the message."""
     with pytest.raises(UserError, match=named):
         options.parse(argv)
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    (b"[run]\nfoo = 3\n", r"\[run\] has no foo; it has dir, steps"),
+    (b"[nonsense]\nx = 1\n", r"no section \[nonsense\]; there are run, data"),
+    (b"run = 3\n", "run = 3 must be a section"),
+    (b"\xff", "not a TOML file"),
+])
+def test_a_file_with_a_mistake_is_named(tmp_path, content, named):
+    """And so is the key."""
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"mine.toml: .*{named}"):
+        options.parse([f"--config={path}"])
 
 
 @pytest.fixture(scope="module")
