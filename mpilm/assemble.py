@@ -66,6 +66,7 @@ def trainer(config: Config, world: World) -> Trainer:
     dataset = open_split(config, "train")
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
+    _check_memory(shape, world)
     reader = resume.find(config, world.comm)
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
@@ -102,6 +103,16 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
     return Shape(layers=model.layers, width=model.width, heads=model.heads, kv_heads=model.kv_heads,
                  hidden=model.hidden, vocab_size=model.vocab_size or vocab_size,
                  tied_embeddings=model.tied_embeddings, rope_theta=model.rope_theta, norm_eps=model.norm_eps)
+
+
+def _check_memory(shape: Shape, world: World) -> None:
+    """Refuse what cannot fit in whatever layout, rather than be killed for it. Collective over `world.comm`."""
+    least = 4 * FLOAT_BYTES * count.parameters(shape)
+    there = world.comm.allreduce(world.memory)
+    if least > there:
+        raise UserError(f"A model of {count.parameters(shape):,} parameters takes at least {least / 2**30:,.1f} GiB "
+                        "(weights, gradients, two states of the optimizer), and all ranks together have "
+                        f"{there / 2**30:,.1f} GiB of memory. Lower --model.width, --model.layers or --model.vocab_size, or use more nodes.")
 
 
 def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> Core:
@@ -198,8 +209,7 @@ def validation(config: Config, stages: Pipeline, comm: Any) -> Validation:
 
 def _metrics(config: Config, world: World, state: TrainState) -> Metrics:
     directory = Path(config.run.dir)
-    if world.rank == 0:
-        (directory / "config.toml").write_text(config.to_toml())
+    on_root(world.comm, lambda: write_bytes(directory / "config.toml", config.to_toml().encode()))
     return Metrics(directory, step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard,
                    write=world.rank == 0)
 

@@ -145,8 +145,11 @@ def _arrive(device: str) -> World:
     of_node: list[set[int]] = node.allgather(set(cores))
     fair = placement.fair_threads(of_node, node.rank, quota=placement.cpu_quota())
     threads = placement.wanted_threads(os.environ) or fair
+    if threads > placement.MOST_THREADS:
+        raise UserError(f"OMP_NUM_THREADS={threads}: unset it, or give a number up to {placement.MOST_THREADS:,}.")
     for variable in placement.THREAD_VARIABLES:
-        os.environ.setdefault(variable, str(threads))
+        if placement.wanted_threads(os.environ, variable) is None:
+            os.environ[variable] = str(threads)
     memory = node.bcast(placement.available_memory()) // node.size
     world = World(comm, comm.rank, comm.size, node.rank, node.size, socket.gethostname(), device, threads,
                   tuple(cores), memory, comm.allreduce(MPI.Query_thread(), op=MPI.MIN))
