@@ -18,10 +18,11 @@ from mpilm.comm.mesh import AXES, Mesh
 from mpilm.comm.node import Node
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
+from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
-from mpilm.launch import World
+from mpilm.launch import World, on_root
 from mpilm.log import UserError, say, warn
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
@@ -110,9 +111,10 @@ def _check_memory(shape: Shape, world: World) -> None:
     least = 4 * FLOAT_BYTES * count.parameters(shape)
     there = world.comm.allreduce(world.memory)
     if least > there:
-        raise UserError(f"A model of {count.parameters(shape):,} parameters takes at least {least / 2**30:,.1f} GiB "
-                        "(weights, gradients, two states of the optimizer), and all ranks together have "
-                        f"{there / 2**30:,.1f} GiB of memory. Lower --model.width, --model.layers or --model.vocab_size, or use more nodes.")
+        raise UserError(
+            f"A model of {count.parameters(shape):,} parameters takes at least {least / 2**30:,.1f} GiB (weights, "
+            f"gradients, two states of the optimizer), and all ranks together have {there / 2**30:,.1f} GiB of memory. "
+            "Lower --model.width, --model.layers or --model.vocab_size, or use more nodes.")
 
 
 def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> Core:

@@ -172,5 +172,5 @@ def _open_log(run_dir: str | Path) -> None:
     try:
         log.setup(0, run_dir)
     except OSError as error:
-        raise UserError(f"--run.dir {run_dir}: {error.strerror}. "
+        raise UserError(f"--run.dir {run_dir}: {error.strerror} ({error.filename}). "
                         "Name a directory that exists or can be made, and that you may write to.") from None
