@@ -22,6 +22,7 @@ from data_prep import _job, _sources, _units
 from data_prep._progress import Progress
 from mpilm.data._format import INDEX, SPLITS, TOKENIZER, UNFINISHED
 from mpilm.launch import command, on_root, session
+from mpilm.lock import locked
 from mpilm.log import UserError, say, warn
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 def _lock(stack: ExitStack, folder: Path, wait_s: float) -> None:
     with _disk_errors(folder):
-        stack.enter_context(_job.locked(folder, wait_s=wait_s))
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder, wait_s=wait_s, otherwise="give another --to"))
 
 
 def _plan(inputs: Sequence[str | Path], folder: Path, encoder: Encoder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 
 import pytest
 from hypothesis import example, given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from mpilm import options
 from mpilm.config import Config
+from mpilm.lock import locked
 from mpilm.log import UserError
 from tests import datasets
 
@@ -127,6 +129,19 @@ def test_a_job_that_cannot_work_says_why_and_ends(run_mpi, data, tmp_path, chang
     said = result.stdout + result.stderr
     assert result.rc == 2, said
     assert named in said and "Traceback" not in said, said
+
+
+@pytest.mark.serial
+def test_a_second_job_is_kept_out_of_a_run_directory(run_mpi, data, tmp_path):
+    """Two jobs would write the same checkpoints over each other's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with locked(run / ".lock", wait_s=0, otherwise=""):
+        result = attempt(run_mpi, data, run)
+    assert result.rc == 2, result.stderr
+    assert result.stderr.count(f"another process is writing there (process {os.getpid()} on") == 1, result.stderr
+    assert not (run / "metrics.jsonl").exists()
+    assert attempt(run_mpi, data, run).rc == 0
 
 
 @pytest.mark.serial

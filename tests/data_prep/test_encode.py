@@ -7,9 +7,9 @@ import pytest
 from mpi4py import MPI
 from tokenizers import Tokenizer, models
 
-from data_prep import encode as program
 from data_prep.encode import Settings, encode
 from mpilm.data.shards import Dataset
+from mpilm.lock import locked
 from mpilm.log import UserError
 from tests.data_prep.texts import PACKINGS, contents, decoded, jsonl, some, train, write
 
@@ -195,7 +195,8 @@ def test_a_folder_that_holds_something_else(tmp_path, tokenizer):
 
 def test_two_at_a_time(tmp_path, tokenizer):
     write(tmp_path / "in", DOCUMENTS, "jsonl")
-    with program._job.locked(tmp_path / "out", wait_s=0), pytest.raises(UserError, match="another process is writing"):
+    (tmp_path / "out").mkdir(exist_ok=True)
+    with locked(tmp_path / "out", wait_s=0, otherwise=""), pytest.raises(UserError, match="another process is writing"):
         alone([tmp_path / "in"], tokenizer, tmp_path / "out", wait_s=0.1)
 
 
