@@ -110,6 +110,7 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
         world._free()
         return
     startup.tune_malloc()
+    startup.allow_open_files()
     launcher = placement.launcher(os.environ)
     device = startup.choose_gpu((launcher and launcher.local_rank) or 0) if gpus else "cpu"
     startup.start_mpi(launcher)
