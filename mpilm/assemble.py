@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mpilm.comm import choose
 from mpilm.comm.collectives import Collective
 from mpilm.comm.mesh import AXES, Mesh
 from mpilm.comm.node import Node
+from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
 from mpilm.data._files import write_bytes
@@ -136,7 +138,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     parameters = named(parts)
     matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
     synchronizer = sync.get(config.sync.kind)(
-        parameters, matrices, _collective(config, mesh), mesh.parts, _worker(world, mesh),
+        parameters, matrices, _collective(config, mesh, parameters.values()), mesh.parts, _worker(world, mesh),
         states=update.STATES, num_slots=len(slots), dtype=decision.dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
     schedule = schedules.get(config.parallel.schedule)
@@ -160,9 +162,22 @@ def _describe(mesh: Mesh) -> dict[str, int]:
     return {axis: getattr(mesh, axis).size for axis in AXES}
 
 
-def _collective(config: Config, mesh: Mesh) -> Collective:
-    return choose.build(config.sync.collective, mesh.replicas, Node.build(mesh.replicas),
-                        reproducible=config.run.reproducible, count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES)
+def _collective(config: Config, mesh: Mesh, parameters: Iterable[torch.nn.Parameter]) -> Collective:
+    node = Node.build(mesh.replicas)
+    return choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
+                        count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
+                        shared_bytes=_shared_bytes(mesh, node, parameters))
+
+
+def _shared_bytes(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Parameter]) -> int:
+    """What the ranks of a node share at most: gradients of each, and masters, optimizer states and weights once, of
+    all the replicas' groups that sit there. Collective over `mesh.comm`."""
+    count = sum(-(-parameter.numel() // BLOCK) * BLOCK for parameter in parameters)
+    mine = (node.comm.size + 4) * FLOAT_BYTES * count // node.comm.size
+    host = mesh.comm.Split_type(MPI.COMM_TYPE_SHARED)
+    everyone: int = mesh.comm.allreduce(host.allreduce(mine), op=MPI.MAX)
+    host.Free()
+    return everyone
 
 
 def _worker(world: World, mesh: Mesh) -> Worker | Inline:
