@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 JOB = "job.json"
 MEANINGS = {"tokenizer": "--tokenizer", "validation": "--validation", "field": "--field", "version": "mpilm's version",
-            "end_of_text": "--end_of_text", "shard_mib": "--shard_mib", "unit_bytes": "the unit size"}
+            "end_of_text": "--end_of_text", "shard_mib": "--shard_mib", "unit_bytes": "the unit size",
+            "bad_lines": "--bad_lines"}
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,15 @@ class Job:
     field: str
     shard_mib: float
     unit_bytes: int
+    bad_lines: str
     sources: list[Source]
     version: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in job.json."""
         values = asdict(self)
+        if self.bad_lines == "stop":
+            del values["bad_lines"]  # what was encoded before there was a choice is still the same job
         values["sources"] = [list(vars(source).values()) for source in self.sources]
         return values
 
@@ -116,7 +120,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     if not before:
         return "it does not say from what"
     for key, meaning in MEANINGS.items():
-        if before.get(key) != now[key]:
+        if before.get(key) != now.get(key):
             return f"{meaning} differs"
     old, new = ({tuple(source) for source in values.get("sources", [])} for values in (before, now))
     return f"changed input: {_names(old ^ new)}"
