@@ -9,12 +9,9 @@ Work is only ever taken up for the very same job: a changed input or tokenizer i
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +26,8 @@ if TYPE_CHECKING:
 
 JOB = "job.json"
 MEANINGS = {"tokenizer": "--tokenizer", "validation": "--validation", "field": "--field", "version": "mpilm's version",
-            "end_of_text": "--end_of_text", "shard_mib": "--shard_mib", "unit_bytes": "the unit size"}
+            "end_of_text": "--end_of_text", "shard_mib": "--shard_mib", "unit_bytes": "the unit size",
+            "bad_lines": "--bad_lines"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,15 @@ class Job:
     field: str
     shard_mib: float
     unit_bytes: int
+    bad_lines: str
     sources: list[Source]
     version: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in job.json."""
         values = asdict(self)
+        if self.bad_lines == "stop":
+            del values["bad_lines"]  # what was encoded before there was a choice is still the same job
         values["sources"] = [list(vars(source).values()) for source in self.sources]
         return values
 
@@ -119,7 +120,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     if not before:
         return "it does not say from what"
     for key, meaning in MEANINGS.items():
-        if before.get(key) != now[key]:
+        if before.get(key) != now.get(key):
             return f"{meaning} differs"
     old, new = ({tuple(source) for source in values.get("sources", [])} for values in (before, now))
     return f"changed input: {_names(old ^ new)}"
@@ -128,33 +129,3 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 def _names(sources: set[Sequence[Any]]) -> str:
     names = sorted({str(source[0]) for source in sources})
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-@contextmanager
-def locked(directory: Path, *, wait_s: float) -> Iterator[None]:
-    """Keep a second encoding out of the folder. The lock goes with the process, however it ends.
-
-    Raises:
-        UserError: Another process held it all the time.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        deadline = time.monotonic() + wait_s
-        while not _try_lock(descriptor):
-            if time.monotonic() > deadline:
-                raise UserError(f"{directory}: another process is writing there. Wait for it, or give another --to.")
-            time.sleep(0.1)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True

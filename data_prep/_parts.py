@@ -31,7 +31,7 @@ BATCH_CHARACTERS, BATCH_PIECES = 2 << 20, 4096
 Record = dict[str, Any]
 
 
-def encode_unit(unit: Unit, folder: Path, encoder: Encoder, *, validation: float, field: str,
+def encode_unit(unit: Unit, folder: Path, encoder: Encoder, *, validation: float, field: str, skip_bad: bool,
                 advance: Callable[[int], None]) -> Record:
     """Encode a unit into its files and return its record.
 
@@ -41,6 +41,7 @@ def encode_unit(unit: Unit, folder: Path, encoder: Encoder, *, validation: float
         encoder: Text to tokens.
         validation: Share of the documents that go to the validation split.
         field: Name of the text's field in .jsonl and .parquet.
+        skip_bad: Leave out lines of .jsonl that hold no text.
         advance: Told, as it goes, how many more bytes of the unit's size are done.
     """
     notes: Counter[str] = Counter()
@@ -48,7 +49,8 @@ def encode_unit(unit: Unit, folder: Path, encoder: Encoder, *, validation: float
         outputs = {split: stack.enter_context(_Output(folder / f"{unit.number:06d}.{split}", encoder))
                    for split in SPLITS}
         for part in unit.parts:
-            for batch in _batches(read(part, field=field, notes=notes, scratch=folder, advance=advance)):
+            for batch in _batches(read(part, field=field, notes=notes, scratch=folder, skip_bad=skip_bad,
+                                       advance=advance)):
                 for piece, ids in zip(batch, encoder.encode([piece.text for piece in batch]), strict=True):
                     outputs[part.split or split_of(piece.key, validation)].add(ids, piece)
         record: Record = {"unit": unit.number, "bytes": unit.size, "notes": dict(notes)}

@@ -32,7 +32,7 @@ class Progress:
 
     def advance(self, done: int) -> None:
         """So many bytes more are done."""
-        self._done += done
+        self._done = min(self._total, self._done + done)  # what is written may be more than what was expected
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
         elif self._show and time.monotonic() > self._told + LINE_EVERY_S:

@@ -5,7 +5,8 @@
 
 A text file is a document; so are a line of .jsonl and a row of .parquet, whose text is the value of one field. Memory
 is bounded whatever the size of a file. Nothing is lost in silence: bytes that are not UTF-8 become U+FFFD and are
-counted, and so are empty documents, which are left out; anything else that cannot be read is an error.
+counted, and so are empty documents, which are left out; anything else that cannot be read is an error, or, where lines
+of .jsonl may be skipped, counted too.
 
 `key` is a hash of how the document begins: equal documents have equal keys, wherever they stand.
 """
@@ -19,6 +20,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -30,6 +32,8 @@ from mpilm.log import UserError
 HEAD_BYTES = 64 << 10
 LINE_BYTES = 256 << 20
 BATCH_ROWS = 256
+BAD = "bad lines in "
+SKIP = ", or leave such lines out with --bad_lines skip"
 BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 
 
@@ -42,22 +46,25 @@ class Piece(NamedTuple):
     key: int
 
 
-def read(part: Part, *, field: str = "text", notes: Counter[str], scratch: Path | None = None,
+def read(part: Part, *, field: str = "text", notes: Counter[str], scratch: Path | None = None, skip_bad: bool = False,
          advance: Callable[[int], None] = lambda done: None) -> Iterator[Piece]:
     """The documents of a part, in order.
 
     Args:
         part: What to read.
         field: Name of the field that holds the text, in .jsonl and .parquet.
-        notes: Counts what happened: `empty` documents, `undecodable` pieces.
+        notes: Counts what happened: `empty` documents, `undecodable` pieces, and `BAD` + file: lines skipped there.
         scratch: Folder for a Parquet file that must be unpacked first.
+        skip_bad: Leave out lines of .jsonl that are not JSON, or have no text in `field`.
         advance: Told, now and then, how many more bytes of `part.size` are read.
 
     Raises:
         UserError: The file changed since it was planned, is damaged or has no such field; names it and where.
     """
     source, done = part.source, 0
-    reader = {"text": _text, "jsonl": _jsonl, "parquet": _parquet}[source.kind]
+    readers: dict[str, Callable[..., Iterator[Piece]]] = {
+        "text": _text, "jsonl": partial(_jsonl, skip_bad=skip_bad), "parquet": _parquet}
+    reader = readers[source.kind]
     try:
         with open(source.path, "rb") as file, _unpacked(source, file) as stream:
             for piece in reader(part, stream, field, notes, scratch):
@@ -131,18 +138,34 @@ def _decode(raw: bytes, begins: bool, notes: Counter[str]) -> str:
     return text.removeprefix(BOM) if begins else text
 
 
-def _jsonl(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratch: Path | None) -> Iterator[Piece]:
+def _jsonl(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratch: Path | None, *,
+           skip_bad: bool) -> Iterator[Piece]:
     for position, line in _lines(part, file):
         if line.isspace():
             continue
-        where = f"{part.source.path}, at byte {position}"
         try:
-            record = json.loads(_decode(line, position == 0, notes))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not a line of JSON ({str(error)[:100]}). Repair or remove the line.") from None
-        if not isinstance(record, dict) or field not in record:
-            raise UserError(f"{where}: no field {field!r}{_others(record)}. Name the text's field with --field.")
-        yield from _document(record[field], where, notes)
+            value = _value(line, field, f"{part.source.path}, at byte {position}", position == 0, notes)
+        except UserError:
+            if not skip_bad:
+                raise
+            notes[BAD + part.source.path] += 1
+            continue
+        yield from _document(value, notes)
+
+
+def _value(line: bytes, field: str, where: str, first: bool, notes: Counter[str]) -> str | None:
+    """The text of a line of JSON; None if it is null."""
+    try:
+        record = json.loads(_decode(line, first, notes))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a line of JSON ({str(error)[:100]}). Repair or remove the line{SKIP}.") from None
+    if not isinstance(record, dict) or field not in record:
+        raise UserError(f"{where}: no field {field!r}{_others(record)}. Name the text's field with --field{SKIP}.")
+    value = record[field]
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: a value of type {type(value).__name__}, not text. Name the text's field with "
+                        f"--field{SKIP}.")
+    return value
 
 
 def _lines(part: Part, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -187,19 +210,23 @@ def _parquet(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratc
             groups = list(range(part.start, table.num_row_groups if part.stop < 0 else part.stop))
             for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=[field], use_threads=False):
                 for value in batch.column(0).to_pylist():
-                    yield from _document(value, f"{part.source.path}, column {field!r}", notes)
+                    yield from _document(_cell(value, f"{part.source.path}, column {field!r}", notes), notes)
 
 
-def _document(value: Any, where: str, notes: Counter[str]) -> Iterator[Piece]:
-    """A text that came as a value, in pieces. None is an empty document."""
+def _cell(value: Any, where: str, notes: Counter[str]) -> str | None:
     if isinstance(value, bytes):
-        value = _decode(value, True, notes)
-    if value is None or value == "":
+        return _decode(value, True, notes)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: a value of type {type(value).__name__}, not text. Name the text's column with "
+                        "--field.")
+    return value
+
+
+def _document(value: str | None, notes: Counter[str]) -> Iterator[Piece]:
+    """A text that came as a value, in pieces. None is an empty document."""
+    if not value:
         notes["empty"] += 1
         return
-    if not isinstance(value, str):
-        raise UserError(f"{where}: a value of type {type(value).__name__}, not text. Name the text's field with "
-                        "--field.")
     try:
         raw = value.encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell

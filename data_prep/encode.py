@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 
 from data_prep import _job, _sources, _units
 from data_prep._progress import Progress
+from data_prep._readers import BAD
 from mpilm.data._format import INDEX, SPLITS, TOKENIZER, UNFINISHED
 from mpilm.launch import command, on_root, session
+from mpilm.lock import locked
 from mpilm.log import UserError, say, warn
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Settings:
         end_of_text: Token that ends a document; empty: whichever of the usual ones the tokenizer has.
         shard_mib: MiB of tokens in an output file.
         unit_mib: MiB of input that a rank does in one go, and that a kill costs; 0: by the size of the input.
+        bad_lines: Whether a line of .jsonl that holds no text ends the work ("stop") or is left out ("skip").
     """
 
     validation: float = 0.01
@@ -49,6 +52,7 @@ class Settings:
     end_of_text: str = ""
     shard_mib: float = 512
     unit_mib: float = 0
+    bad_lines: str = "stop"
 
     def check(self) -> None:
         """Raise UserError for a value that makes no sense."""
@@ -78,10 +82,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="MiB of tokens in an output file (default %(default)s)")
     parser.add_argument("--unit_mib", type=float, default=usual.unit_mib, metavar="MIB",
                         help="MiB of input that a rank does in one go (default: by the size of the input)")
+    add_bad_lines(parser)
     values = vars(parser.parse_args(argv))
     inputs, tokenizer, to = values.pop("inputs"), values.pop("tokenizer"), values.pop("to")
     with session() as world:
         encode(inputs, tokenizer, to, world.comm, settings=Settings(**values), threads=world.threads)
+
+
+def add_bad_lines(parser: argparse.ArgumentParser) -> None:
+    """The option that encode and tokenizer share."""
+    parser.add_argument("--bad_lines", choices=("stop", "skip"), default="stop",
+                        help="what to do at a line of .jsonl that is not JSON with a text in its field "
+                             "(default %(default)s)")
 
 
 def encode(inputs: Sequence[str | Path], tokenizer: str | Path, to: str | Path, comm: MPI.Comm, *,
@@ -133,7 +145,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 def _lock(stack: ExitStack, folder: Path, wait_s: float) -> None:
     with _disk_errors(folder):
-        stack.enter_context(_job.locked(folder, wait_s=wait_s))
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder, wait_s=wait_s, otherwise="give another --to"))
 
 
 def _plan(inputs: Sequence[str | Path], folder: Path, encoder: Encoder,
@@ -143,7 +156,8 @@ def _plan(inputs: Sequence[str | Path], folder: Path, encoder: Encoder,
         sources = _sources.find(inputs)
         unit_bytes = int(settings.unit_mib * 2**20)
         job = _job.Job(tokenizer=encoder.sha256, end_of_text=encoder.end_of_text, validation=settings.validation,
-                       field=settings.field, shard_mib=settings.shard_mib, unit_bytes=unit_bytes, sources=sources)
+                       field=settings.field, shard_mib=settings.shard_mib, unit_bytes=unit_bytes,
+                       bad_lines=settings.bad_lines, sources=sources)
         if _job.is_finished(folder, job):
             _job.discard(folder)
             return None
@@ -166,7 +180,7 @@ def _encode_units(units: list[_units.Unit], records: dict[int, Record], folder: 
     share = f" (rank 0 of {comm.size})"
     with Progress(f"encoding{share}", total=sum(unit.size for unit in mine), show=comm.rank == 0) as progress:
         new = [encode_unit(unit, folder, encoder, validation=settings.validation, field=settings.field,
-                           advance=progress.advance) for unit in mine]
+                           skip_bad=settings.bad_lines == "skip", advance=progress.advance) for unit in mine]
     everyone: dict[int, Record] = dict(records)
     _wait(comm)
     for of_rank in comm.allgather(new):
@@ -220,12 +234,21 @@ def _tell(assembly: Assembly, records: list[Record], settings: Settings, folder:
         say(f"{notes['empty']:,} empty documents are left out")
     if notes["undecodable"]:
         say(f"{notes['undecodable']:,} pieces of text held bytes that are not UTF-8; each became U+FFFD")
+    tell_bad_lines(notes)
     if settings.validation and not assembly.num_documents("validation"):
         warn(f"the validation split is empty: {assembly.num_documents('train'):,} documents are too few for "
              f"--validation {settings.validation}. Give a larger share, or more documents.")
     for split in SPLITS:
         say(f"{split}: {assembly.num_tokens(split):,} tokens in {assembly.num_documents(split):,} documents")
     say(f"{folder} is complete ({seconds:.1f} s)")
+
+
+def tell_bad_lines(notes: Counter[str]) -> None:
+    """Say how many lines of which files were left out."""
+    bad = {key.removeprefix(BAD): count for key, count in sorted(notes.items()) if key.startswith(BAD)}
+    if bad:
+        most = [f"{count:,} in {file}" for file, count in list(bad.items())[:3]] + ["..."] * (len(bad) > 3)
+        warn(f"{sum(bad.values()):,} lines that are not JSON with a text in its field are left out: {', '.join(most)}")
 
 
 def _wait(comm: MPI.Comm) -> None:

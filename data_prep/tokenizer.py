@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_prep import _sources, _units
 from data_prep._progress import Progress
+from data_prep.encode import add_bad_lines, tell_bad_lines
 from mpilm.launch import command, on_root, session
 from mpilm.log import UserError, say
 
@@ -35,14 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="field of .jsonl and column of .parquet that holds the text (default %(default)s)")
     parser.add_argument("--sample_mib", type=float, default=1024, metavar="MIB",
                         help="learn from about so many MiB of the input (default %(default)s)")
+    add_bad_lines(parser)
     options = parser.parse_args(argv)
     with session() as world:
         on_root(world.comm, lambda: train(options.inputs, options.to, vocab_size=options.vocab_size,
-                                          field=options.field, sample_mib=options.sample_mib, threads=world.threads))
+                                          field=options.field, sample_mib=options.sample_mib, threads=world.threads,
+                                          bad_lines=options.bad_lines))
 
 
 def train(inputs: Sequence[str | Path], to: str | Path, *, vocab_size: int, field: str = "text",
-          sample_mib: float = 1024, threads: int = 1) -> None:
+          sample_mib: float = 1024, threads: int = 1, bad_lines: str = "stop") -> None:
     """Train a tokenizer on the inputs and save it. Not collective.
 
     Args:
@@ -52,6 +55,7 @@ def train(inputs: Sequence[str | Path], to: str | Path, *, vocab_size: int, fiel
         field: Name of the text's field in .jsonl and .parquet.
         sample_mib: MiB of input to learn from, at most, about.
         threads: Threads to use.
+        bad_lines: "stop" at a line of .jsonl that holds no text, or "skip" it.
 
     Raises:
         UserError: Names the setting or the input that is wrong.
@@ -77,17 +81,19 @@ def train(inputs: Sequence[str | Path], to: str | Path, *, vocab_size: int, fiel
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     notes: Counter[str] = Counter()
-    tokenizer.train_from_iterator(_texts(sources, field, sample_mib, notes), trainer)
+    tokenizer.train_from_iterator(_texts(sources, field, sample_mib, notes, skip_bad=bad_lines == "skip"), trainer)
     if not notes["texts"]:
         raise UserError("There are no documents in the input: every file or text in it is empty.")
     write_bytes(path, tokenizer.to_str().encode())
     say(f"{path}: {tokenizer.get_vocab_size():,} tokens, learned from {notes['characters'] / 1e6:,.1f} million "
         f"characters in {notes['texts']:,} texts")
+    tell_bad_lines(notes)
     if tokenizer.get_vocab_size() < vocab_size:
         say(f"fewer than the {vocab_size:,} asked for: the input is too small to tell more apart")
 
 
-def _texts(sources: Sequence[_sources.Source], field: str, sample_mib: float, notes: Counter[str]) -> Iterator[str]:
+def _texts(sources: Sequence[_sources.Source], field: str, sample_mib: float, notes: Counter[str], *,
+           skip_bad: bool) -> Iterator[str]:
     """The sample: everything if it is small, else a share of every part in a pseudo-random order until it is full."""
     from data_prep._readers import key_of, read
 
@@ -101,7 +107,7 @@ def _texts(sources: Sequence[_sources.Source], field: str, sample_mib: float, no
     with Progress("reading", total=int(min(left, total)), show=True) as progress:
         for number in order:
             taken = 0
-            for piece in read(parts[number], field=field, notes=notes):
+            for piece in read(parts[number], field=field, notes=notes, skip_bad=skip_bad):
                 notes["texts"] += 1
                 notes["characters"] += len(piece.text)
                 taken += len(piece.text)

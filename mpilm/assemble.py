@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from mpilm.comm import choose
 from mpilm.comm.collectives import Collective
 from mpilm.comm.mesh import AXES, Mesh
 from mpilm.comm.node import Node
+from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
+from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
-from mpilm.launch import World
+from mpilm.launch import World, on_root
 from mpilm.log import UserError, say, warn
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
@@ -66,6 +69,7 @@ def trainer(config: Config, world: World) -> Trainer:
     dataset = open_split(config, "train")
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
+    _check_memory(shape, world)
     reader = resume.find(config, world.comm)
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
@@ -104,6 +108,17 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
                  tied_embeddings=model.tied_embeddings, rope_theta=model.rope_theta, norm_eps=model.norm_eps)
 
 
+def _check_memory(shape: Shape, world: World) -> None:
+    """Refuse what cannot fit in whatever layout, rather than be killed for it. Collective over `world.comm`."""
+    least = 4 * FLOAT_BYTES * count.parameters(shape)
+    there = world.comm.allreduce(world.memory)
+    if least > there:
+        raise UserError(
+            f"A model of {count.parameters(shape):,} parameters takes at least {least / 2**30:,.1f} GiB (weights, "
+            f"gradients, two states of the optimizer), and all ranks together have {there / 2**30:,.1f} GiB of memory. "
+            "Lower --model.width, --model.layers or --model.vocab_size, or use more nodes.")
+
+
 def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> Core:
     """Parts of the model and synchronizer, with memory but without values yet. Collective over `world.comm`.
 
@@ -123,7 +138,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     parameters = named(parts)
     matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
     synchronizer = sync.get(config.sync.kind)(
-        parameters, matrices, _collective(config, mesh), mesh.parts, _worker(world, mesh),
+        parameters, matrices, _collective(config, mesh, parameters.values()), mesh.parts, _worker(world, mesh),
         states=update.STATES, num_slots=len(slots), dtype=decision.dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
     schedule = schedules.get(config.parallel.schedule)
@@ -144,9 +159,22 @@ def _describe(mesh: Mesh) -> dict[str, int]:
     return {axis: getattr(mesh, axis).size for axis in AXES}
 
 
-def _collective(config: Config, mesh: Mesh) -> Collective:
-    return choose.build(config.sync.collective, mesh.replicas, Node.build(mesh.replicas),
-                        reproducible=config.run.reproducible, count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES)
+def _collective(config: Config, mesh: Mesh, parameters: Iterable[torch.nn.Parameter]) -> Collective:
+    node = Node.build(mesh.replicas)
+    return choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
+                        count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
+                        shared_bytes=_shared_bytes(mesh, node, parameters))
+
+
+def _shared_bytes(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Parameter]) -> int:
+    """What the ranks of a node share at most: gradients of each, and masters, optimizer states and weights once, of
+    all the replicas' groups that sit there. Collective over `mesh.comm`."""
+    count = sum(-(-parameter.numel() // BLOCK) * BLOCK for parameter in parameters)
+    mine = (node.comm.size + 4) * FLOAT_BYTES * count // node.comm.size
+    host = mesh.comm.Split_type(MPI.COMM_TYPE_SHARED)
+    everyone: int = mesh.comm.allreduce(host.allreduce(mine), op=MPI.MAX)
+    host.Free()
+    return everyone
 
 
 def _worker(world: World, mesh: Mesh) -> Worker | Inline:
@@ -198,8 +226,7 @@ def validation(config: Config, stages: Pipeline, comm: Any) -> Validation:
 
 def _metrics(config: Config, world: World, state: TrainState) -> Metrics:
     directory = Path(config.run.dir)
-    if world.rank == 0:
-        (directory / "config.toml").write_text(config.to_toml())
+    on_root(world.comm, lambda: write_bytes(directory / "config.toml", config.to_toml().encode()))
     return Metrics(directory, step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard,
                    write=world.rank == 0)
 

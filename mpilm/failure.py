@@ -3,6 +3,7 @@
     a bug (any exception, on any thread)    the rank's traceback, labelled with rank and host, then MPI_Abort: code 1
     UserError on every rank                 the message, once, without a traceback; every rank exits with code 2
     UserError on some ranks only            after a moment's grace the same message, labelled, then MPI_Abort: code 2
+    a file system that refuses              as a UserError: a full disk is no bug of the program
     a non-zero SystemExit                   labelled, then MPI_Abort with its code
     Ctrl-C                                  "interrupted"; code 130
 
@@ -13,6 +14,7 @@ holds inside `launch.session`.
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import os
 import socket
@@ -36,6 +38,9 @@ USER_ERROR, INTERRUPTED = 2, 130
 GRACE_S = 3.0
 READ_S, PASSED_ON_S = 2.0, 0.05
 STDERR = 2
+# What a file system says for reasons of its own. ENOENT is not among them: that may well be our mistake.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM,
+            errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EMFILE, errno.ENFILE}
 
 
 class RankError(RuntimeError):
@@ -55,7 +60,7 @@ def on_root(comm: MPI.Comm, function: Callable[[], T]) -> T:
     What it returns must be small and picklable. What only rank 0 can see going wrong becomes an error of all.
 
     Raises:
-        UserError: As rank 0 raised it, on every rank.
+        UserError: As rank 0 raised it, on every rank; also for an OSError.
         RankError: On the other ranks, when rank 0 raised anything else.
     """
     value, error = None, None
@@ -63,7 +68,7 @@ def on_root(comm: MPI.Comm, function: Callable[[], T]) -> T:
         try:
             value = function()
         except Exception as caught:
-            error = caught
+            error = as_mistake(caught, OSError) or caught
     value, text, mistake = comm.bcast((value, _text(error), isinstance(error, UserError)))
     if error is not None:
         raise error
@@ -89,6 +94,14 @@ def agree(comm: MPI.Comm, error: Exception | None) -> None:
         raise error
     rank, (text, _) = next((rank, verdict) for rank, verdict in verdicts if not verdict[1])
     raise RankError(f"rank {rank}: {text}", origin=rank)
+
+
+def as_mistake(error: BaseException, kind: type[OSError] | None = None) -> UserError | None:
+    """What to tell without a traceback; None for a bug. An OSError counts if it is one of REFUSALS, or a `kind`."""
+    if isinstance(error, OSError) and (error.errno in REFUSALS or (kind and isinstance(error, kind))):
+        place = error.filename or "a file that this program reads or writes"
+        return UserError(f"{place}: {error.strerror or error}. When that is mended, the same command goes on.")
+    return error if isinstance(error, UserError) else None
 
 
 def _text(error: Exception | None) -> str | None:
@@ -129,8 +142,8 @@ class Guard:
         threading.excepthook = self._thread_hook
         if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self._leave(0, None, grace_s=float("inf"))
-        elif isinstance(error, UserError):
-            self._leave(USER_ERROR, f"error: {error}", grace_s=GRACE_S)
+        elif mistake := as_mistake(error):
+            self._leave(USER_ERROR, f"error: {mistake}", grace_s=GRACE_S)
         elif isinstance(error, KeyboardInterrupt):
             self._leave(INTERRUPTED, "interrupted", grace_s=GRACE_S)
         elif isinstance(error, SystemExit):
@@ -157,6 +170,8 @@ class Guard:
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
         if failed.exc_value is not None and not issubclass(failed.exc_type, SystemExit):
             name = failed.thread.name if failed.thread else "?"
+            if mistake := as_mistake(failed.exc_value):
+                self._abort(USER_ERROR, f"error: in thread {name}: {mistake}")
             self._abort(1, f"in thread {name}:\n{_traceback(failed.exc_value)}")
 
     def _abort(self, code: int, text: str) -> NoReturn:

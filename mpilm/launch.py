@@ -110,6 +110,7 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
         world._free()
         return
     startup.tune_malloc()
+    startup.allow_open_files()
     launcher = placement.launcher(os.environ)
     device = startup.choose_gpu((launcher and launcher.local_rank) or 0) if gpus else "cpu"
     startup.start_mpi(launcher)
@@ -145,8 +146,11 @@ def _arrive(device: str) -> World:
     of_node: list[set[int]] = node.allgather(set(cores))
     fair = placement.fair_threads(of_node, node.rank, quota=placement.cpu_quota())
     threads = placement.wanted_threads(os.environ) or fair
+    if threads > placement.MOST_THREADS:
+        raise UserError(f"OMP_NUM_THREADS={threads}: unset it, or give a number up to {placement.MOST_THREADS:,}.")
     for variable in placement.THREAD_VARIABLES:
-        os.environ.setdefault(variable, str(threads))
+        if placement.wanted_threads(os.environ, variable) is None:
+            os.environ[variable] = str(threads)
     memory = node.bcast(placement.available_memory()) // node.size
     world = World(comm, comm.rank, comm.size, node.rank, node.size, socket.gethostname(), device, threads,
                   tuple(cores), memory, comm.allreduce(MPI.Query_thread(), op=MPI.MIN))
@@ -165,5 +169,5 @@ def _open_log(run_dir: str | Path) -> None:
     try:
         log.setup(0, run_dir)
     except OSError as error:
-        raise UserError(f"--run.dir {run_dir}: {error.strerror}. "
+        raise UserError(f"--run.dir {run_dir}: {error.strerror} ({error.filename}). "
                         "Name a directory that exists or can be made, and that you may write to.") from None

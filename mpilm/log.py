@@ -32,6 +32,18 @@ class _Console(logging.Handler):
         print(self.format(record), file=sys.stderr if warning else sys.stdout, flush=True)
 
 
+class _File(logging.FileHandler):
+    """The program does not end for want of a log: what follows is on the terminal, and the metrics tell it too."""
+
+    complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say it once."""
+        if not self.complained:
+            self.complained = True
+            print(f"warning: {self.baseFilename}: {sys.exc_info()[1]}. The log is incomplete.", file=sys.stderr)
+
+
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return f"warning: {record.getMessage()}" if record.levelno >= logging.WARNING else record.getMessage()
@@ -52,7 +64,7 @@ def setup(rank: int, run_dir: str | Path | None = None) -> None:
     _LOGGER.addHandler(console)
     if rank == 0 and run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(run_dir) / "log.txt", encoding="utf-8")
+        file = _File(Path(run_dir) / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         _LOGGER.addHandler(file)
 

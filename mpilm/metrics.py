@@ -49,12 +49,19 @@ class Metrics:
         """Write one step's values; `step` is among them."""
         if self.file is None:
             return
-        self.file.write(json.dumps(values) + "\n")
+        self._write(json.dumps(values) + "\n")
         if self.events is not None:
             for key, value in values.items():
                 if key != "step" and isinstance(value, int | float):
                     self.events.add_scalar(key, value, values["step"])
         self.progress.update(values["step"], _sentence(values, self._seconds_left(values["step"])))
+
+    def _write(self, line: str) -> None:
+        try:
+            self.file.write(line)
+        except OSError as error:
+            error.filename = self.file.name
+            raise
 
     def _seconds_left(self, step: int) -> float:
         done = step - self.first_step
@@ -73,7 +80,8 @@ def _lines(path: Path) -> list[str]:
     """Complete lines that are JSON objects with a step; a killed run may have left half a line."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and _has_step(line)]
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and _has_step(line)]
 
 
 def _has_step(line: str) -> bool:

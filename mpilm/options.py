@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
-import os
+import re
 import sys
+import tomllib
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
 from mpilm.config import Config, Model
 from mpilm.log import UserError
+
+# A slip of the finger is refused here, before it takes all memory, or hours, to find out.
+LIMITS = {"run.steps": 2**40, "run.seed": 2**63, "run.threads": 1024, "data.sequence_length": 2**31,
+          "data.global_batch_size": 2**20, "model.layers": 10_000, "model.width": 2**20, "model.hidden": 2**24,
+          "model.vocab_size": 2**31, "model.norm_eps": 1.0, "sync.bucket_mib": 2**20, "parallel.chunks": 10_000,
+          "optim.warmup_steps": 2**40}
 
 
 def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.train", description: str = "") -> Config:
@@ -28,7 +35,7 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.tra
     parser.add_argument("--config", action="config", help="TOML file with these sections; options after it win.")
     parser.add_class_arguments(Config, as_group=False)
     argv = list(sys.argv[1:] if argv is None else argv)
-    _require_files(argv)
+    _check_files(argv)
     try:
         values = parser.parse_args(argv)
         values.pop("config", None)
@@ -39,17 +46,45 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.tra
     return config
 
 
-def _require_files(argv: Sequence[str]) -> None:
-    """jsonargparse would read the name of a missing file as TOML and complain about its syntax."""
+def _check_files(argv: Sequence[str]) -> None:
+    """Name the file and the key; jsonargparse, which reads it afterwards, would not."""
     for option, value in zip_longest(argv, argv[1:], fillvalue=""):
-        name = option.partition("=")[2] if option.startswith("--config=") else value
-        if option.partition("=")[0] == "--config" and not os.path.isfile(name):
-            raise UserError(f"--config {name}: there is no such file.")
+        if option.partition("=")[0] == "--config":
+            name = option.partition("=")[2] if option.startswith("--config=") else value
+            try:
+                with open(name, "rb") as file:
+                    _check_names(name, tomllib.load(file))
+            except OSError as error:
+                why = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+                raise UserError(f"--config {name}: {why}. Give a TOML file, such as those in jobs/.") from None
+            except ValueError as error:
+                raise UserError(f"--config {name}: not a TOML file ({error}).") from None
+
+
+def _check_names(name: str, sections: dict[str, Any]) -> None:
+    known = Config().to_dict()
+    for section, values in sections.items():
+        if section not in known:
+            raise UserError(f"--config {name}: there is no section [{section}]; there are {', '.join(known)}.")
+        if not isinstance(values, dict):
+            raise UserError(f"--config {name}: {section} = {values!r} must be a section, [{section}].")
+        for key in values:
+            if key not in known[section]:
+                raise UserError(f"--config {name}: [{section}] has no {key}; it has {', '.join(known[section])}.")
 
 
 def _readable(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return "\n  ".join(lines) or type(error).__name__
+    """What jsonargparse says, in the words of who typed it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    found = re.search(r'Parser key "([a-z_.]+)": Expected an? (.*?)\. Got value: (.*)', text)
+    return f"--{found[1]} {found[3]}: give {_meaning(found[2])}." if found else text
+
+
+def _meaning(kind: str) -> str:
+    if kind.startswith("typing.Literal"):
+        return f"one of {kind.removeprefix('typing.Literal')[1:-1].replace(chr(39), '')}"
+    return {"<class 'int'>": "a whole number", "<class 'float'>": "a finite number",
+            "<class 'bool'>": "true or false", "<class 'str'>": "a text"}.get(kind, kind)
 
 
 def check(config: Config) -> None:
@@ -67,10 +102,16 @@ def check(config: Config) -> None:
         _require(config, option, lambda value: value >= 0, "a whole number from 0 up")
     for option in ("optim.clip", "optim.weight_decay", "optim.lr"):
         _require(config, option, lambda value: 0 <= value < float("inf"), "a finite number from 0 up")
-    for option in ("optim.beta1", "optim.beta2", "optim.min_lr", "optim.decay_fraction"):
+    for option in ("optim.min_lr", "optim.decay_fraction"):
         _require(config, option, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+    for option in ("optim.beta1", "optim.beta2"):
+        _require(config, option, lambda value: 0 <= value < 1, "a number from 0 to below 1")
     for option in ("optim.eps", "sync.bucket_mib", "model.rope_theta", "model.norm_eps"):
         _require(config, option, lambda value: 0 < value < float("inf"), "a finite number above 0")
+    for option, most in LIMITS.items():
+        _require(config, option, lambda value, most=most: value <= most, f"at most {most:,}")
+    for option in ("run.dir", "run.resume"):
+        _require(config, option, lambda value: value.strip() and "\0" not in value, "a name")
     _check_shape(config.model)
     if config.data.global_batch_size % config.data.micro_batch_size:
         raise UserError(f"--data.micro_batch_size {config.data.micro_batch_size} must divide "
@@ -85,9 +126,12 @@ def _require(config: Config, option: str, allowed: Any, meaning: str) -> None:
 
 
 def _check_shape(model: Model) -> None:
+    if model.width % 2:
+        raise UserError(f"--model.width {model.width}: give an even number; heads are of even size.")
     if model.width % (2 * model.heads):
         divisors = [n for n in range(1, model.width // 2 + 1) if model.width % (2 * n) == 0]
         raise UserError(f"--model.heads {model.heads} does not divide --model.width {model.width} into heads of even "
-                        f"size; with this width it may be {', '.join(map(str, divisors[:12]))} ...")
+                        f"size; with this width it may be {', '.join(map(str, divisors[:12]))}"
+                        + " ..." * (len(divisors) > 12) + ".")
     if model.kv_heads and model.heads % model.kv_heads:
         raise UserError(f"--model.kv_heads {model.kv_heads} must divide --model.heads {model.heads}.")

@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+MOST_THREADS = 1024  # of a rank; the run-time library of OpenMP crashes where the system gives it no more
 LINES_AT_MOST = 16
 # Slurm counts the batch script and an interactive shell as steps too, with numbers from here on.
 NOT_A_STEP = 0xFFFFFFF0
@@ -118,9 +119,9 @@ def available_memory() -> int:
     return 0
 
 
-def wanted_threads(environ: Mapping[str, str]) -> int | None:
-    """What the user asked for with OMP_NUM_THREADS ("4", or "4,2" for nested regions); None: nothing."""
-    outermost = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+def wanted_threads(environ: Mapping[str, str], variable: str = "OMP_NUM_THREADS") -> int | None:
+    """What the user asked for with OMP_NUM_THREADS ("4", or "4,2" for nested regions); None: nothing sensible."""
+    outermost = environ.get(variable, "").partition(",")[0].strip()
     return int(outermost) if outermost.isdecimal() and int(outermost) > 0 else None
 
 

@@ -10,7 +10,7 @@ from mpilm.config import Config
 from mpilm.launch import on_root
 from mpilm.log import UserError, say
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 # What fixes the meaning of a step: with another value the run would see some data twice and some never.
 POSITION = ("data.sequence_length", "data.global_batch_size", "run.seed")
 
@@ -67,10 +67,18 @@ def open_run(path: str, comm: Any) -> Reader:
         UserError: There is none.
     """
     given = Path(path)
+    on_root(comm, lambda: _require_run(given))
     reader = newest(given / CHECKPOINTS, comm) if (given / CHECKPOINTS).is_dir() else verified(given, comm)
     if reader is None:
-        raise UserError(f"{path}: no checkpoint there. Give a run directory or one of its checkpoints/step-*.")
+        raise UserError(f"{path}: no checkpoint there yet. Give another run, or wait for its first one.")
     return reader
+
+
+def _require_run(path: Path) -> None:
+    """Only rank 0 looks, so that all ranks give the same answer."""
+    if not (path / CHECKPOINTS).is_dir() and not (path / MANIFEST).is_file():
+        why = "no checkpoint there" if path.is_dir() else "there is no such directory"
+        raise UserError(f"{path}: {why}. Give a run directory or one of its {CHECKPOINTS}/step-*.")
 
 
 def config_of(reader: Reader) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from mpilm.placement import Launcher
 # Large buffers stay mapped, in huge pages, instead of being returned to the kernel and faulted in again at every step.
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
 WAIT_TO_BE_ENDED_S = 3.0
+OPEN_FILES = 1 << 20
 OURS = ("mpilm", "data_prep")
 MPICH_FAMILY = ("MPICH", "Intel MPI", "MVAPICH", "Cray MPICH")
 
@@ -41,6 +43,14 @@ def tune_malloc() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": MALLOC})
+
+
+def allow_open_files() -> None:
+    """As many open files as the system lets this user have: every shard and every block of shared memory is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def choose_gpu(local_rank: int) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from mpilm import launch, options
 from mpilm.config import Config
 from mpilm.launch import World
+from mpilm.lock import locked
 from mpilm.log import say
 
 if TYPE_CHECKING:
@@ -16,14 +19,18 @@ if TYPE_CHECKING:
 
 CORPUS = "corpus"  # folder of the built-in corpus, beside the runs
 PROMPT, SAMPLE_TOKENS = "import ", 120
+LOCK, WAIT_S = ".lock", 5.0  # a run that was killed may take so long to end
 DESCRIPTION = "Train a language model on the ranks that mpirun or srun started; without them, on one."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, launch, train, tell what came out."""
     config = options.parse(argv, description=DESCRIPTION)
-    with launch.session(run_dir=config.run.dir) as world:
+    with launch.session(run_dir=config.run.dir) as world, ExitStack() as stack:
         from mpilm import assemble
+
+        launch.on_root(world.comm, lambda: stack.enter_context(
+            locked(Path(config.run.dir) / LOCK, wait_s=WAIT_S, otherwise="give another --run.dir")))
 
         if not config.data.path:
             from data_prep import corpus

@@ -106,6 +106,19 @@ def test_threads_the_user_asked_for(program):
 
 
 @serial
+@pytest.mark.parametrize("given", ["", "0", "many", "-3", "1.5"])
+def test_threads_that_are_no_number_are_the_ranks_share(program, given):
+    assert "threads 1 1" in program("well", n=max(2, len(placement.cores())), env={"OMP_NUM_THREADS": given}).stdout
+
+
+@serial
+def test_more_threads_than_any_machine_has_are_refused(program):
+    result = program("well", n=2, env={"OMP_NUM_THREADS": "100000"})
+    assert result.rc == 2
+    assert result.stderr.count("error: OMP_NUM_THREADS=100000: unset it") == 1
+
+
+@serial
 @pytest.mark.parametrize(("mode", "rc", "told"), [
     ("before", 2, "error: --model.width 7: give an even number."),
     ("mistake everywhere", 2, "error: --data.path x: there is no such folder."),

@@ -38,6 +38,15 @@ def test_launchers_and_libraries_that_cannot_work_together(environ, vendor, expe
 
 
 @serial
+def test_as_many_files_may_be_open_as_the_system_allows():
+    program = ("import resource; from mpilm import startup; kind = resource.RLIMIT_NOFILE; "
+               "resource.setrlimit(kind, (64, 500)); startup.allow_open_files(); print(resource.getrlimit(kind))")
+    result = subprocess.run([sys.executable, "-c", program], env=clean_environment(), capture_output=True, text=True,
+                            check=False)
+    assert result.stdout == "(500, 500)\n", result
+
+
+@serial
 def test_no_gpu_here_is_the_cpu():
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is a GPU")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 
 import pytest
 from hypothesis import example, given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from mpilm import options
 from mpilm.config import Config
+from mpilm.lock import locked
 from mpilm.log import UserError
 from tests import datasets
 
@@ -58,11 +60,37 @@ def test_a_configuration_survives_its_own_text(tmp_path):
     (["--model.heads", "5"], "model.heads 5"),
     (["--data.global_batch_size", "10", "--data.micro_batch_size", "4"], "micro_batch_size 4"),
     (["--config", "nowhere.toml"], "nowhere.toml"),
+    (["--config", "/"], "--config /: Is a directory"),
+    (["--run.steps", "1e3"], "run.steps 1000.0: give a whole number"),
+    (["--run.reproducible", "maybe"], "run.reproducible maybe: give true or false"),
+    (["--optim.schedule", "linear"], "optim.schedule linear: give one of cosine, wsd"),
+    (["--run.threads", "100000"], "run.threads 100000: give at most 1,024"),
+    (["--model.width", "10000000001"], "model.width 10000000001"),
+    (["--model.width", "65"], "model.width 65: give an even number"),
+    (["--model.layers", "100000000"], "model.layers 100000000"),
+    (["--data.global_batch_size", str(2**40)], "data.global_batch_size"),
+    (["--optim.beta1", "1"], "optim.beta1 1.0: give a number from 0 to below 1"),
+    (["--run.dir", " "], "run.dir"),
+    (["--run.resume", ""], "run.resume"),
 ])
 def test_the_culprit_is_named(argv, named):
     """What was given is in the message."""
     with pytest.raises(UserError, match=named):
         options.parse(argv)
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    (b"[run]\nfoo = 3\n", r"\[run\] has no foo; it has dir, steps"),
+    (b"[nonsense]\nx = 1\n", r"no section \[nonsense\]; there are run, data"),
+    (b"run = 3\n", "run = 3 must be a section"),
+    (b"\xff", "not a TOML file"),
+])
+def test_a_file_with_a_mistake_is_named(tmp_path, content, named):
+    """And so is the key."""
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"mine.toml: .*{named}"):
+        options.parse([f"--config={path}"])
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +112,9 @@ def attempt(run_mpi, data, directory, **changes):
     ({"data.micro_batch_size": 8}, "micro-batches"),
     ({"model.vocab_size": 100}, "model.vocab_size 100"),
     ({"sync.collective": "pigeon"}, "pigeon"),
-    ({"run.resume": "nowhere"}, "nowhere"),
+    ({"run.resume": "nowhere"}, "nowhere: there is no such directory. Give a run directory"),
+    ({"run.resume": "/tmp"}, "/tmp: no checkpoint there"),
+    ({"model.width": 2**20}, "GiB of memory"),
     ({"run.dir": "/dev/null/run"}, "/dev/null"),
     ({"parallel.tp": 2}, "parallel.tp 2"),
     ({"parallel.pp": 3}, "--parallel.pp may be 1 or 2"),
@@ -99,6 +129,19 @@ def test_a_job_that_cannot_work_says_why_and_ends(run_mpi, data, tmp_path, chang
     said = result.stdout + result.stderr
     assert result.rc == 2, said
     assert named in said and "Traceback" not in said, said
+
+
+@pytest.mark.serial
+def test_a_second_job_is_kept_out_of_a_run_directory(run_mpi, data, tmp_path):
+    """Two jobs would write the same checkpoints over each other's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with locked(run / ".lock", wait_s=0, otherwise=""):
+        result = attempt(run_mpi, data, run)
+    assert result.rc == 2, result.stderr
+    assert result.stderr.count(f"another process is writing there (process {os.getpid()} on") == 1, result.stderr
+    assert not (run / "metrics.jsonl").exists()
+    assert attempt(run_mpi, data, run).rc == 0
 
 
 @pytest.mark.serial

@@ -51,7 +51,9 @@ def newest(directory: str | Path, comm: Group, *, tell: Callable[[str], None] = 
     """
     directory = Path(directory)
     reasons = []
-    candidates: list[Path] = comm.bcast(list(retention.complete(directory).values()) if comm.rank == 0 else None)
+    candidates, error = comm.bcast(_candidates(directory) if comm.rank == 0 else None)
+    if error:
+        raise error
     for path in candidates:
         try:
             return verified(path, comm)
@@ -62,6 +64,13 @@ def newest(directory: str | Path, comm: Group, *, tell: Callable[[str], None] = 
         raise UserError("\n  ".join([f"{directory}: none of the {len(reasons)} checkpoints is good.", *reasons,
                                      "Remove the directory to start anew, or restore it from a copy."]))
     return None
+
+
+def _candidates(directory: Path) -> tuple[list[Path], UserError | None]:
+    try:
+        return list(retention.complete(directory).values()), None
+    except OSError as error:
+        return [], UserError(f"{directory}: {error.strerror}. A run's checkpoints are in a directory of this name.")
 
 
 def verified(path: str | Path, comm: Group) -> Reader:

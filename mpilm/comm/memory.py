@@ -23,11 +23,11 @@ from contextlib import suppress
 
 from mpi4py import MPI
 
-from mpilm.log import warn
+from mpilm.log import UserError, warn
 
 
-class SharedMemoryError(Exception):
-    """This node cannot share memory of that size; raised on all its ranks."""
+class SharedMemoryError(UserError):
+    """This node cannot share memory of that size; raised on all its ranks. It is told where nobody has another way."""
 
 
 def share(comm: MPI.Comm, nbytes: int, *, ways: Sequence[str]) -> mmap.mmap:

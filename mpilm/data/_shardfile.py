@@ -10,11 +10,13 @@ and attributes only; `data_prep.verify` checks every byte.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,9 +81,16 @@ def stored_checksum(path: Path) -> str:
         return str(_attribute(file, "checksum"))
 
 
-def open_shard(folder: Path, index: Index, split: str, number: int, *,
-               first_document: int) -> tuple[np.ndarray, np.ndarray]:
-    """Check a shard against the index and map it: (tokens [num_tokens], documents [num_documents] int64).
+class Mapped(NamedTuple):
+    """A shard in memory: tokens [num_tokens], documents [num_documents] int64, and the mapped file itself."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    file: mmap.mmap
+
+
+def open_shard(folder: Path, index: Index, split: str, number: int, *, first_document: int) -> Mapped:
+    """Check a shard against the index and map it.
 
     Cheap: the file's size and its HDF5 header are looked at, no token is read.
 
@@ -98,13 +107,23 @@ def open_shard(folder: Path, index: Index, split: str, number: int, *,
             check_attributes(path, file, attributes(index, split, number, first_document=first_document))
             tokens = _locate(file, "tokens", shard.num_tokens, index.dtype, shard.bytes)
             documents = _locate(file, "documents", shard.num_documents, "<i8", shard.bytes)
+        mapped = _map(path, shard.bytes)
     except UserError:
         raise
     except Exception as error:  # a damaged header surfaces as any of OSError, KeyError, RuntimeError, ValueError, ...
+        if os.strerror(errno.EMFILE) in str(error):
+            raise UserError(f"{path}: {os.strerror(errno.EMFILE)}: a rank keeps every shard open. Raise the limit "
+                            "(ulimit -n), or encode into larger shards (--shard_mib).") from None
         raise damaged(path, f"not a shard that can be read ({type(error).__name__}: {str(error)[:200]})") from None
     if shard.max_token >= index.vocab_size:
         raise damaged(path, f"holds token {shard.max_token}, but the vocabulary has {index.vocab_size} entries")
-    return _map(path, tokens, shard.num_tokens, index.dtype), _map(path, documents, shard.num_documents, "<i8")
+    return Mapped(np.frombuffer(mapped, index.dtype, shard.num_tokens, tokens),
+                  np.frombuffer(mapped, "<i8", shard.num_documents, documents), mapped)
+
+
+def _map(path: Path, size: int) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
 
 def check_size(path: Path, shard: Shard) -> None:
@@ -161,9 +180,3 @@ def _locate(file: Any, name: str, count: int, dtype: str, file_bytes: int) -> in
     if offset is None or offset + count * np.dtype(dtype).itemsize > file_bytes:
         raise ValueError(f"{name} goes beyond the end of the file")
     return int(offset)
-
-
-def _map(path: Path, offset: int, count: int, dtype: str) -> np.ndarray:
-    if not count:
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)))

@@ -5,18 +5,20 @@
     data.windows([0, 5000], 257)     # two such windows at once, [2, 257] int64
 
 Invariant: whatever can be wrong with the files as a whole (missing, truncated, foreign, newer, another tokenizer's) is
-found by `open`, before the first step, without reading the tokens. Every byte is checked by data_prep.verify.
+found by `open`, before the first step, without reading the tokens. Every byte is checked by data_prep.verify. What
+happens to them later (cut short by a copy that goes on, say) is found by whoever reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from mpilm.data._format import MAX_TOKENIZER_BYTES, SPLITS, TOKENIZER, Index, damaged, read_index
-from mpilm.data._shardfile import open_shard
+from mpilm.data._format import MAX_TOKENIZER_BYTES, SPLITS, TOKENIZER, Index, damaged, read_index, shard_name
+from mpilm.data._shardfile import Mapped, open_shard
 from mpilm.log import UserError
 
 
@@ -32,7 +34,7 @@ class Dataset:
         tokenizer_path, tokenizer_hash: The tokenizer.json in the folder, and its SHA-256.
     """
 
-    def __init__(self, path: Path, split: str, index: Index, shards: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, path: Path, split: str, index: Index, shards: list[Mapped]) -> None:
         lines = index.splits[split]
         self.path, self.split = path, split
         self.num_tokens = sum(line.num_tokens for line in lines)
@@ -42,6 +44,7 @@ class Dataset:
         self.fingerprint = index.fingerprint
         self.tokenizer_path, self.tokenizer_hash = path / TOKENIZER, index.tokenizer_sha256
         self._shards = shards
+        self._bytes = [line.bytes for line in lines]
         self._shard_tokens = lines[0].num_tokens if lines else 1
         self._first_document = index.first_documents(split)
         self._views: dict[tuple[int, int], np.ndarray] = {}
@@ -82,7 +85,8 @@ class Dataset:
         pieces = []
         while count > 0:
             number, offset = divmod(start, self._shard_tokens)
-            pieces.append(self._shards[number][0][offset:offset + count])
+            self._require_whole([number])
+            pieces.append(self._shards[number].tokens[offset:offset + count])
             start, count = start + pieces[-1].size, count - pieces[-1].size
         if len(pieces) == 1:
             return pieces[0]
@@ -97,10 +101,29 @@ class Dataset:
         starts = np.asarray(starts, np.int64)
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
             raise IndexError(f"windows of {length} from {starts.min()} to {starts.max()} of {self.num_tokens} tokens")
+        numbers = self._touched(starts, length)
+        self._require_whole(numbers)
         rows = self._gather(starts, length)
+        self._require_whole(numbers)
         if rows.size and int(rows.max()) >= self.vocab_size:
             self._name_bad_token(starts, rows)
         return rows.astype(np.int64)
+
+    def _touched(self, starts: np.ndarray, length: int) -> set[int]:
+        """The shards that windows lie in."""
+        if len(self._shards) == 1 and starts.size:
+            return {0}
+        ends = set((np.concatenate([starts, starts + max(0, length - 1)]) // self._shard_tokens).tolist())
+        return set(range(min(ends), max(ends) + 1)) if length > self._shard_tokens and ends else ends
+
+    def _require_whole(self, numbers: Iterable[int]) -> None:
+        """A mapped file that was cut short has no memory behind its lost end: reading there is a SIGBUS, which nobody
+        can catch, or gives zeros. So its size is looked at before and after."""
+        for number in numbers:
+            size = self._shards[number].file.size()
+            if size != self._bytes[number]:
+                raise damaged(self.path / shard_name(self.split, number), "was changed while it was being read: "
+                              f"{size:,} bytes, should be {self._bytes[number]:,}")
 
     def _gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The windows in the type on disk. One indexing operation a shard, not a loop over windows."""
@@ -119,13 +142,13 @@ class Dataset:
         """Every window of a shard as a row: a view with overlapping rows, no memory of its own."""
         key = (number, length)
         if key not in self._views:
-            self._views[key] = np.lib.stride_tricks.sliding_window_view(self._shards[number][0], length)
+            self._views[key] = np.lib.stride_tricks.sliding_window_view(self._shards[number].tokens, length)
         return self._views[key]
 
     def _name_bad_token(self, starts: np.ndarray, rows: np.ndarray) -> None:
         row, column = (int(found[0]) for found in np.nonzero(rows >= self.vocab_size))
         number = (int(starts[row]) + column) // self._shard_tokens
-        path = self.path / f"{self.split}-{number:05d}.h5"
+        path = self.path / shard_name(self.split, number)
         raise damaged(path, f"holds token {rows[row, column]}, but the vocabulary has {self.vocab_size} entries")
 
     def documents(self, start: int, count: int) -> np.ndarray:
@@ -135,13 +158,14 @@ class Dataset:
         pieces = [np.empty(0, np.int64)]
         while count > 0:
             number, offset = divmod(start, self._shard_tokens)
-            size = min(count, self._shards[number][0].size - offset)
+            size = min(count, self._shards[number].tokens.size - offset)
+            self._require_whole([number])
             pieces.append(self._documents(number, offset, size))
             start, count = start + size, count - size
         return np.concatenate(pieces)
 
     def _documents(self, number: int, offset: int, count: int) -> np.ndarray:
-        begins = self._shards[number][1]
+        begins = self._shards[number].documents
         low, high = np.searchsorted(begins, [offset, offset + count])
         inside = begins[low:high] - offset
         if inside.size and (inside[0] < 0 or inside[-1] >= count or (np.diff(inside) <= 0).any()):
@@ -168,11 +192,15 @@ def unigram_entropy(dataset: Dataset, *, limit: int = 1 << 26) -> float:
     """Entropy of single tokens, nats per token: the loss of a model that knows only how often each token occurs.
 
     Over the first `limit` tokens. nan for an empty dataset.
+
+    Raises:
+        UserError: As Dataset.windows.
     """
     counts = np.zeros(dataset.vocab_size, np.int64)
     total = min(dataset.num_tokens, limit)
     for start in range(0, total, 1 << 20):
-        counts += np.bincount(dataset.read(start, min(1 << 20, total - start)), minlength=dataset.vocab_size)
+        tokens = dataset.windows([start], min(1 << 20, total - start))
+        counts += np.bincount(tokens[0], minlength=dataset.vocab_size)
     if not total:
         return float("nan")
     shares = counts[counts > 0] / total

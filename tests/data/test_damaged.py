@@ -1,6 +1,8 @@
 """Whatever is wrong with a dataset is said before the first step, by file and with what to do about it."""
 
 import json
+import os
+import resource
 import shutil
 
 import h5py
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpilm.data import _format
-from mpilm.data.shards import Dataset
+from mpilm.data.shards import Dataset, unigram_entropy
 from mpilm.log import UserError
 from tests.data.cases import documents, write_dataset
 
@@ -49,6 +51,43 @@ def change_attribute(folder, name, value):
         else:
             file.attrs[name] = value
     change_index(folder, lambda values: values["splits"]["train"][1].update(bytes=path.stat().st_size))
+
+
+@pytest.mark.parametrize("left", [0, 4096, 4100, 5000])
+@pytest.mark.parametrize("method", ["windows", "read", "documents"])
+def test_cut_short_while_it_is_read(folder, method, left):
+    """No SIGBUS, no zeros instead of tokens: an error that names the shard."""
+    data = Dataset.open(folder)
+    use = {"windows": lambda: data.windows([1990, 10], 20), "read": lambda: data.read(1990, 20),
+           "documents": lambda: data.documents(1990, 20)}[method]
+    use()
+    os.truncate(folder / "train-00001.h5", left)
+    with pytest.raises(UserError, match=r"train-00001.h5: was changed while it was being read: .*Copy the file again"):
+        use()
+    assert data.windows([10, 20], 20).shape == (2, 20), "another shard is as good as before"
+
+
+def test_a_token_beyond_the_vocabulary_is_named_by_the_entropy_too(folder):
+    path = folder / "train-00000.h5"
+    with h5py.File(path, "r+", locking=False) as file:
+        file["tokens"][700] = 301
+    with pytest.raises(UserError, match=r"train-00000.h5: holds token 301"):
+        unigram_entropy(Dataset.open(folder))
+
+
+def test_as_many_shards_as_files_may_be_open(folder):
+    """Too many are refused with the remedy; a shard takes one file, not two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    number, used = len(Dataset.open(folder)._shards), len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + number + 8, hard))
+        data = Dataset.open(folder)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2 * number - 2, hard))
+        with pytest.raises(UserError, match=r"Too many open files.*ulimit -n"):
+            Dataset.open(folder)
+        assert len(data._shards) == number
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_no_folder(tmp_path):

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from data_prep import corpus
+from data_prep._parts import split_of
+from data_prep._readers import key_of
 from mpilm.data.shards import Dataset, unigram_entropy
 from mpilm.log import UserError
 from tests.helpers import everywhere
@@ -38,6 +40,15 @@ def test_the_library():
     assert sum(path.stat().st_size for path in files) > 10e6
     assert not [path for path in files if "site-packages" in path.parts]
     assert files == sorted(files)
+
+
+def test_the_validation_split_is_a_sensible_share_of_the_library():
+    """Enough documents that its loss means something, and few enough to learn from the rest."""
+    sizes = [(path.stat().st_size, split_of(key_of(path.read_bytes()), corpus.VALIDATION))
+             for path in corpus.library() if path.stat().st_size]
+    mine = [size for size, split in sizes if split == "validation"]
+    assert len(mine) >= 20
+    assert 0.03 < sum(mine) / sum(size for size, _ in sizes) < 0.08
 
 
 def test_an_interpreter_without_source(tmp_path, monkeypatch):

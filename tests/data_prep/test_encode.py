@@ -7,9 +7,9 @@ import pytest
 from mpi4py import MPI
 from tokenizers import Tokenizer, models
 
-from data_prep import encode as program
 from data_prep.encode import Settings, encode
 from mpilm.data.shards import Dataset
+from mpilm.lock import locked
 from mpilm.log import UserError
 from tests.data_prep.texts import PACKINGS, contents, decoded, jsonl, some, train, write
 
@@ -60,7 +60,7 @@ def test_shards_are_few_and_of_one_size(tmp_path, tokenizer):
     assert sorted(contents(one)) == ["index.json", "tokenizer.json", "train-00000.h5"]
     cut = Dataset.open(alone([source], tokenizer, tmp_path / "cut"))
     whole = Dataset.open(alone([source], tokenizer, tmp_path / "whole", Settings(validation=0.1)))
-    assert [tokens.size for tokens, _ in cut._shards[:-1]] == [int(0.004 * 2**20) // 2] * (len(cut._shards) - 1)
+    assert [shard.tokens.size for shard in cut._shards[:-1]] == [int(0.004 * 2**20) // 2] * (len(cut._shards) - 1)
     assert np.array_equal(cut.read(0, cut.num_tokens), whole.read(0, whole.num_tokens))
     assert np.array_equal(cut.documents(0, cut.num_tokens), whole.documents(0, whole.num_tokens))
 
@@ -195,7 +195,8 @@ def test_a_folder_that_holds_something_else(tmp_path, tokenizer):
 
 def test_two_at_a_time(tmp_path, tokenizer):
     write(tmp_path / "in", DOCUMENTS, "jsonl")
-    with program._job.locked(tmp_path / "out", wait_s=0), pytest.raises(UserError, match="another process is writing"):
+    (tmp_path / "out").mkdir(exist_ok=True)
+    with locked(tmp_path / "out", wait_s=0, otherwise=""), pytest.raises(UserError, match="another process is writing"):
         alone([tmp_path / "in"], tokenizer, tmp_path / "out", wait_s=0.1)
 
 

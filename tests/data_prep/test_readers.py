@@ -15,12 +15,12 @@ from mpilm.log import UserError
 from tests.data_prep.texts import PACKINGS, jsonl, parquet
 
 
-def pieces(path, *, unit_bytes=1 << 20, notes=None, validation=0.0):
+def pieces(path, *, unit_bytes=1 << 20, notes=None, validation=0.0, skip_bad=False):
     """All pieces of a file, read as units of so many bytes."""
     notes = Counter() if notes is None else notes
     units = divide(find([path]), validation=validation, unit_bytes=unit_bytes)
     return [piece for unit in units for part in unit.parts
-            for piece in read(part, notes=notes, scratch=path.parent)]
+            for piece in read(part, notes=notes, scratch=path.parent, skip_bad=skip_bad)]
 
 
 def documents(path, **options):
@@ -214,3 +214,18 @@ def test_progress_adds_up(tmp_path):
                     list(read(part, notes=Counter(), advance=told.append))
             assert sum(told) == sum(unit.size for unit in units)
             assert min(told) >= 0
+
+
+BAD = b'{"text": "fine"}\n{"text": broken}\n[1, 2]\n{"txt": 1}\n{"text": 5}\n{"text": null}\n\n{"text": "too"}\n{"text"'
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("unit_bytes", [7, 1 << 20])
+def test_bad_lines_may_be_skipped_and_are_counted(tmp_path, packing, unit_bytes):
+    path = tmp_path / f"x.jsonl{packing}"
+    path.write_bytes(PACKINGS[packing](BAD))
+    notes = Counter()
+    assert documents(path, unit_bytes=unit_bytes, notes=notes, skip_bad=True) == ["fine", "too"]
+    assert notes == {"empty": 1, f"bad lines in {path}": 5}
+    with pytest.raises(UserError, match=r"at byte 17: not a line of JSON .* or leave such lines out with --bad_lines"):
+        documents(path, unit_bytes=unit_bytes)

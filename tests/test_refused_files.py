@@ -1,0 +1,72 @@
+"""A file system that refuses: full, of the wrong kind, with garbage in it. Told in a sentence; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mpilm.failure import on_root
+from mpilm.log import UserError
+from mpilm.metrics import Metrics
+from tests import datasets
+from tests.test_user_errors import OPTIONS, attempt
+
+# No file may grow beyond so many bytes, as on a full disk; not for MPI, which has its own files by then.
+FULL = """
+import resource, sys
+size = int(sys.argv.pop(1))
+from mpilm import launch, train
+start = launch._greet
+def full(*args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    start(*args)
+launch._greet = full
+launch.command(train.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small dataset."""
+    return datasets.small(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(("size", "tensorboard"), [(0, "false"), (400, "true"), (5000, "false")])
+def test_a_disk_that_fills_up_at_any_moment_is_told(run_mpi, data, tmp_path, size, tensorboard):
+    """Configuration, metrics, events or checkpoint: whatever comes first."""
+    program = tmp_path / "full.py"
+    program.write_text(FULL)
+    options = OPTIONS | {"data.path": data, "run.dir": tmp_path / "run", "checkpoint.every": 1, "run.steps": 40,
+                         "log.every": 1, "log.tensorboard": tensorboard}
+    args = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    result = run_mpi(0, [str(program), str(size), *args], env={"GLIBC_TUNABLES": ""})
+    assert result.rc == 2, result
+    assert "File too large" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(("name", "is_file"), [("checkpoints", True), ("metrics.jsonl", False), ("log.txt", False)])
+def test_what_stands_in_the_way_is_named(run_mpi, data, tmp_path, name, is_file):
+    """A file where a directory should be, and the other way round."""
+    place = tmp_path / "run" / name
+    place.parent.mkdir()
+    _ = place.write_text("mine") if is_file else place.mkdir()
+    result = attempt(run_mpi, data, tmp_path / "run")
+    assert result.rc == 2, result
+    assert name in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_garbage_among_the_metrics_is_left_out(tmp_path):
+    """What is no line of ours does not come into the next run's file."""
+    good = json.dumps({"step": 1, "loss": 2.0}) + "\n"
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n" + good.encode() + b"[1]\n{}\n" + good[:9].encode())
+    Metrics(tmp_path, step=5, steps=9, tensorboard=False, write=True).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == good
+
+
+def test_an_oserror_on_root_is_a_mistake_of_all(comm, tmp_path_all):
+    """Every rank raises the same."""
+    with pytest.raises(UserError, match="none: No such file"):
+        on_root(comm, (tmp_path_all / "none").read_text)
