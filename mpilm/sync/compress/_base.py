@@ -1,0 +1,67 @@
+"""What every codec offers: float32 values to bytes and back, chunk by chunk, with or without error feedback.
+
+Values are worked on in chunks that stay in the cache from the first pass over them to the last, and a chunk is encoded
+by itself, so the bytes of a long array are those of its chunks one after the other. Every codec has a fixed size for a
+number of values: whoever receives knows how much is coming.
+
+Error feedback (arXiv 1809.07599, 1901.09847): what a code leaves out is kept and added to the next values, so that
+everything arrives in the end, and compressed SGD converges like SGD.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 16     # values: 256 KiB, half of a second-level cache; and a position in it fits two bytes
+
+
+class Codec(ABC):
+    """Float32 values <-> bytes. A value that is NaN or infinite makes at least one decoded value so."""
+
+    @abstractmethod
+    def chunk_size(self, count: int) -> int:
+        """Bytes of a chunk of `count` values, at most CHUNK."""
+
+    @abstractmethod
+    def encode_chunk(self, values: Tensor, data: Tensor) -> None:
+        """Encode float32 `values` into uint8 `data` of `chunk_size(values.numel())` bytes."""
+
+    @abstractmethod
+    def decode_chunk(self, data: Tensor, values: Tensor) -> None:
+        """The inverse: fill float32 `values` from `data`."""
+
+    def size(self, count: int) -> int:
+        """Bytes that `count` values take."""
+        whole, rest = divmod(count, CHUNK)
+        return whole * self.chunk_size(CHUNK) + (self.chunk_size(rest) if rest else 0)
+
+    def encode(self, values: Tensor, data: np.ndarray) -> None:
+        """Encode 1-D float32 `values` into `data`, `size(values.numel())` bytes."""
+        for part, code in self._chunks(values, data):
+            self.encode_chunk(part, code)
+
+    def decode(self, data: np.ndarray, values: Tensor) -> None:
+        """Fill 1-D float32 `values` from `data`."""
+        for part, code in self._chunks(values, data):
+            self.decode_chunk(code, part)
+
+    def squeeze(self, values: Tensor, residual: Tensor, data: np.ndarray) -> None:
+        """Encode `values` + `residual`; afterwards `values` is what the other side decodes and `residual` the rest."""
+        for (part, code), (rest, _) in zip(self._chunks(values, data), self._chunks(residual, data), strict=True):
+            rest.add_(part)
+            self.encode_chunk(rest, code)
+            self.decode_chunk(code, part)
+            rest.sub_(part)
+
+    def _chunks(self, values: Tensor, data: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        assert data.size == self.size(values.numel()), f"{data.size} bytes for {values.numel()} values"
+        codes, start = torch.from_numpy(data), 0
+        for part in values.split(CHUNK) if values.numel() else ():
+            stop = start + self.chunk_size(part.numel())
+            yield part, codes[start:stop]
+            start = stop

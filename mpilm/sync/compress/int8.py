@@ -1,0 +1,53 @@
+"""Whole numbers from -127 to 127 times a scale for every block of 256 values: about 1 byte a value.
+
+The scale is the largest magnitude of the block over 127, so the error of a value is at most half a scale: 1/254 of the
+largest value beside it (block-wise quantization, arXiv 2110.02861).
+
+    chunk:   | scales, float32 | levels, int8 |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpilm.sync.compress._base import Codec
+
+BLOCK = 256
+LEVELS = 127
+
+
+class Int8(Codec):
+    """1 byte a value and 4 for every 256."""
+
+    def chunk_size(self, count: int) -> int:
+        # Levels are padded to a multiple of 4, so that the next chunk's scales begin where a float32 may.
+        return 4 * -(-count // BLOCK) + -(-count // 4) * 4
+
+    def encode_chunk(self, values: Tensor, data: Tensor) -> None:
+        scales, levels = _split(data, values.numel())
+        for blocks, scale, level in _runs(values, scales, levels):
+            high = blocks.abs().amax(1)
+            torch.div(high, LEVELS, out=scale)
+            # An empty block has scale 0, and 0 x 1 is as good as 0 x infinity is bad.
+            inverse = high.reciprocal_().mul_(LEVELS).nan_to_num_(nan=torch.nan, posinf=1.0)
+            level.copy_(torch.mul(blocks, inverse[:, None]).round_())
+
+    def decode_chunk(self, data: Tensor, values: Tensor) -> None:
+        scales, levels = _split(data, values.numel())
+        for blocks, scale, level in _runs(values, scales, levels):
+            torch.mul(level, scale[:, None], out=blocks)
+
+
+def _split(data: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    cut = 4 * -(-count // BLOCK)
+    return data[:cut].view(torch.float32), data[cut:cut + count].view(torch.int8)
+
+
+def _runs(values: Tensor, scales: Tensor, levels: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The whole blocks together, then what is left of a last one; each [blocks, elements]."""
+    whole = values.numel() // BLOCK
+    cuts = [(0, whole, BLOCK), (whole, whole + 1, values.numel() - whole * BLOCK)]
+    return [(values[a * BLOCK:a * BLOCK + (b - a) * width].view(b - a, width), scales[a:b],
+             levels[a * BLOCK:a * BLOCK + (b - a) * width].view(b - a, width))
+            for a, b, width in cuts if (b - a) * width]

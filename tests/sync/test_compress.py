@@ -1,0 +1,156 @@
+"""Every code of the menu: its size, its error, its residual, and sums over ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mpi4py import MPI
+
+from mpilm.comm import order
+from mpilm.log import UserError
+from mpilm.sync import compress
+from mpilm.sync._exchange import Exchange
+from tests.helpers import everywhere, same_everywhere
+
+COUNTS = st.one_of(st.integers(0, 3000), st.sampled_from([1 << 16, (1 << 16) + 1, 200_003]))
+# Bytes for 2^20 values, and the largest error of a value over the largest value of all.
+PROMISED = {"none": (4 << 20, 0.0), "bf16": (2 << 20, 2**-8), "int8": ((1 << 20) + (4 << 12), 1 / 253),
+            "topk": (16 * 6 * 656, 1.0), "onebit": ((1 << 17) + (8 << 10), 1.0)}
+
+
+def draw(count: int, seed: int, *more: int) -> torch.Tensor:
+    """Values of very different sizes."""
+    random = np.random.default_rng([count, seed, *more])
+    return torch.from_numpy((random.normal(size=count) * 10.0 ** random.integers(-3, 4, count)).astype(np.float32))
+
+
+def there_and_back(codec, values):
+    data = np.full(codec.size(values.numel()), 255, np.uint8)
+    codec.encode(values, data)
+    out = torch.full_like(values, torch.nan)
+    codec.decode(data, out)
+    return out
+
+
+@pytest.fixture(params=compress.names())
+def name(request):
+    """Every choice of the menu."""
+    return request.param
+
+
+@pytest.mark.serial
+@given(count=COUNTS, seed=st.integers(0, 99))
+def test_every_value_comes_back_within_the_promised_error(name, count, seed):
+    """And the bytes are those promised."""
+    codec, values = compress.get(name)(), draw(count, seed)
+    size, bound = PROMISED[name]
+    assert codec.size(1 << 20) == size
+    error = (there_and_back(codec, values) - values).abs()
+    assert count == 0 or error.max() <= bound * values.abs().max()
+
+
+@pytest.mark.serial
+@given(count=COUNTS, seed=st.integers(0, 99))
+def test_nothing_is_lost_but_what_the_residual_holds(name, count, seed):
+    """After any number of steps: what was sent and what is kept make up what was given."""
+    codec = compress.get(name)()
+    residual, data = torch.zeros(count), np.empty(codec.size(count), np.uint8)
+    given_, sent = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    for step in range(4):
+        values = draw(count, seed, step)
+        given_ += values
+        codec.squeeze(values, residual, data)
+        assert torch.equal(there_and_back_of(codec, data, count), values)
+        sent += values
+    assert torch.allclose(sent + residual, given_, rtol=0, atol=1e-2)
+
+
+def there_and_back_of(codec, data, count):
+    out = torch.empty(count)
+    codec.decode(data, out)
+    return out
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so(name, poison):
+    """A step with such a gradient must be skipped, so nobody may be made to believe in a finite one."""
+    values = draw(5000, 1)
+    values[1234] = poison
+    assert not torch.isfinite(there_and_back(compress.get(name)(), values)).all()
+
+
+@pytest.mark.serial
+def test_zeros_stay_zeros(name):
+    """Blocks without a scale."""
+    assert torch.equal(there_and_back(compress.get(name)(), torch.zeros(3000)), torch.zeros(3000))
+
+
+@pytest.mark.serial
+def test_topk_sends_the_largest():
+    """One of a hundred, exactly."""
+    values = draw(1000, 7)
+    largest = values.abs().topk(10).indices
+    wanted = torch.zeros(1000)
+    wanted[largest] = values[largest]
+    assert torch.equal(there_and_back(compress.get("topk")(), values), wanted)
+
+
+@pytest.mark.serial
+def test_an_unknown_code_is_refused_with_those_there_are():
+    """Also the name of the file behind `none`."""
+    for wrong in ("float32", "zip", ""):
+        with pytest.raises(UserError, match="bf16, int8, none, onebit"):
+            compress.get(wrong)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 70_001])
+def test_a_sum_over_ranks_is_exact_but_for_the_residuals(name, count, comm: MPI.Comm):
+    """What all ranks were given is what came out and what all residuals hold; every rank has the same bits."""
+    exchange = Exchange(compress.get(name)(), comm, count)
+    given_, out = np.zeros(count), np.zeros(count)
+    for step in range(3):
+        buffer = draw(count, 3, comm.rank, step).numpy()
+        given_ += comm.allreduce(buffer.astype(np.float64))
+        exchange.reduce(buffer)
+        same_everywhere(comm, buffer)
+        out += buffer
+    left = exchange.lost.numpy().astype(np.float64)
+    left[exchange.mine] += exchange.lost_in_sum.numpy()
+    out += comm.allreduce(left)
+    everywhere(comm, np.allclose(out, given_, rtol=0, atol=1e-2), "the sum of all steps")
+
+
+def test_without_compression_it_is_the_sum_in_tree_order(comm: MPI.Comm):
+    """To the bit."""
+    count = 40_000
+    buffer = draw(count, 5, comm.rank).numpy()
+    Exchange(compress.get("none")(), comm, count).reduce(buffer)
+    values = [draw(count, 5, rank) for rank in range(comm.size)]
+    for into, other in order.tree(comm.size):
+        values[into] = values[into] + values[other]
+    everywhere(comm, np.array_equal(buffer, values[0].numpy()), "the sum")
+
+
+def test_the_bytes_sent_are_those_of_the_code(name, comm: MPI.Comm):
+    """Two times every other rank's share of the encoded buffer."""
+    count = 1 << 18
+    exchange = Exchange(compress.get(name)(), comm, count)
+    exchange.reduce(draw(count, 1, comm.rank).numpy())
+    sizes = [exchange.codec.size(piece.stop - piece.start) for piece in exchange.cut]
+    mine = sizes[comm.rank]
+    everywhere(comm, exchange.sent_bytes == sum(sizes) - mine + mine * (comm.size - 1), f"{exchange.sent_bytes}")
+
+
+def test_values_that_are_not_finite_do_not_stay(name, comm: MPI.Comm):
+    """After `forget` the next sum is finite again."""
+    exchange = Exchange(compress.get(name)(), comm, 3000)
+    poisoned = np.full(3000, np.nan, np.float32)
+    exchange.reduce(poisoned)
+    exchange.forget()
+    buffer = draw(3000, 2, comm.rank).numpy()
+    exchange.reduce(buffer)
+    everywhere(comm, bool(np.isfinite(buffer).all() and not np.isfinite(poisoned).all()), "finite again")
