@@ -36,6 +36,8 @@ from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Saver
 from mpilm.state import TrainState, from_checkpoint, initial
+from mpilm.sync import compress
+from mpilm.sync._compressed import Compressed
 from mpilm.sync.allreduce import Allreduce
 from mpilm.trainer import Trainer
 from mpilm.validation import Validation
@@ -138,7 +140,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     parameters = named(parts)
     matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
     synchronizer = sync.get(config.sync.kind)(
-        parameters, matrices, _collective(config, mesh, parameters.values()), mesh.parts, _worker(world, mesh),
+        parameters, matrices, _collective(config, mesh, parameters.values(), update), mesh.parts, _worker(world, mesh),
         states=update.STATES, num_slots=len(slots), dtype=decision.dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
     schedule = schedules.get(config.parallel.schedule)
@@ -159,11 +161,13 @@ def _describe(mesh: Mesh) -> dict[str, int]:
     return {axis: getattr(mesh, axis).size for axis in AXES}
 
 
-def _collective(config: Config, mesh: Mesh, parameters: Iterable[torch.nn.Parameter]) -> Collective:
-    node = Node.build(mesh.replicas)
-    return choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
-                        count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
-                        shared_bytes=_shared_bytes(mesh, node, parameters))
+def _collective(config: Config, mesh: Mesh, parameters: Iterable[torch.nn.Parameter], update: Update) -> Collective:
+    node, codec = Node.build(mesh.replicas), compress.get(config.sync.compress)
+    plain = choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
+                         count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
+                         shared_bytes=_shared_bytes(mesh, node, parameters))
+    return plain if config.sync.compress == "none" else Compressed(
+        codec(), plain, warmup=config.sync.compress_warmup, applied=lambda: update.applied)
 
 
 def _shared_bytes(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Parameter]) -> int:

@@ -146,11 +146,15 @@ class Sync:
         kind: The file of mpilm/sync: allreduce.
         collective: The file of mpilm/comm/collectives: ring, shared, tree, mpi; `auto` measures and picks.
         bucket_mib: Gradients are reduced in buckets of this size.
+        compress: What gradients are sent as: `none`, or a file of mpilm/sync/compress: bf16, int8, onebit, topk.
+        compress_warmup: Updates at the beginning whose gradients are sent as float32.
     """
 
     kind: str = "allreduce"
     collective: str = "auto"
     bucket_mib: float = 8.0
+    compress: str = "none"
+    compress_warmup: int = 0
 
 
 @dataclass

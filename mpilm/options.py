@@ -98,7 +98,8 @@ def check(config: Config) -> None:
                    "parallel.tp", "parallel.chunks", "log.every", "checkpoint.keep_last", "log.validation_sequences"):
         _require(config, option, lambda value: value >= 1, "a whole number from 1 up")
     for option in ("run.seed", "run.threads", "model.kv_heads", "model.hidden", "model.vocab_size",
-                   "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every"):
+                   "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every",
+                   "sync.compress_warmup"):
         _require(config, option, lambda value: value >= 0, "a whole number from 0 up")
     for option in ("optim.clip", "optim.weight_decay", "optim.lr"):
         _require(config, option, lambda value: 0 <= value < float("inf"), "a finite number from 0 up")
@@ -116,6 +117,9 @@ def check(config: Config) -> None:
     if config.data.global_batch_size % config.data.micro_batch_size:
         raise UserError(f"--data.micro_batch_size {config.data.micro_batch_size} must divide "
                         f"--data.global_batch_size {config.data.global_batch_size}.")
+    if config.sync.compress != "none" and config.run.reproducible:
+        raise UserError(f"--sync.compress {config.sync.compress}: each rank rounds what it sends, so their number "
+                        "enters the result, which reproducible mode does not allow. Type --run.reproducible false too.")
 
 
 def _require(config: Config, option: str, allowed: Any, meaning: str) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpilm.comm.p2p import Traffic
 from mpilm.config import Config
 from mpilm.data.loader import Loader
 from mpilm.log import UserError, say
@@ -111,14 +112,14 @@ class Trainer:
 
 
 class Window:
-    """Where the time of the steps since the last record went; what is told in between does not count."""
+    """Where the time of the steps since the last record went, and what they sent; not what is told in between."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         """Forget everything and start the clock."""
-        self.started, self.steps = time.perf_counter(), 0
+        self.started, self.steps, self.sent = time.perf_counter(), 0, Traffic.sent
         self.sums: dict[str, float] = {}
 
     def add(self, seconds: dict[str, float]) -> None:
@@ -128,6 +129,7 @@ class Window:
             self.sums[key] = self.sums.get(key, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        """Seconds per step: in all and by part."""
-        elapsed = time.perf_counter() - self.started
-        return {"step_s": elapsed / self.steps, **{key: value / self.steps for key, value in self.sums.items()}}
+        """Seconds per step, in all and by part, and MiB that this rank sent to others."""
+        elapsed, sent = time.perf_counter() - self.started, Traffic.sent - self.sent
+        means = {key: value / self.steps for key, value in self.sums.items()}
+        return {"step_s": elapsed / self.steps, "sent_mib": sent / self.steps / 2**20, **means}

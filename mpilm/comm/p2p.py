@@ -48,6 +48,12 @@ def barrier(comm: MPI.Comm) -> None:
     wait([comm.Ibarrier()])
 
 
+class Traffic:
+    """Bytes that this rank has handed to MPI for other ranks so far, whoever sent them."""
+
+    sent = 0
+
+
 class Ledger:
     """Messages in flight, each with the array that it reads or writes.
 
@@ -63,6 +69,7 @@ class Ledger:
     def send(self, comm: MPI.Comm, array: np.ndarray, *, dest: int, tag: int) -> None:
         """Start to send a contiguous array; it must not change before wait()."""
         start = comm.Issend if self.synchronous else comm.Isend
+        Traffic.sent += array.nbytes
         self._entries.append((start(array, dest=dest, tag=tag), array))
 
     def receive(self, comm: MPI.Comm, array: np.ndarray, *, source: int, tag: int) -> MPI.Request:

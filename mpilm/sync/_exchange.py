@@ -29,9 +29,6 @@ class Exchange:
 
     Args:
         comm: Used by nobody else while a sum is under way. Every method is collective over it.
-
-    Attributes:
-        sent_bytes: What this rank has sent so far.
     """
 
     def __init__(self, codec: Codec, comm: MPI.Comm, count: int) -> None:
@@ -41,7 +38,6 @@ class Exchange:
         self.steps = order.tree(comm.size)
         self.lost = torch.zeros(count)
         self.lost_in_sum = torch.zeros(self.mine.stop - self.mine.start)
-        self.sent_bytes = 0
         self._out = [self._room(piece) for piece in self.cut]
         self._in = [self._room(self.mine) for _ in self.cut]
         self._parts = [torch.empty_like(self.lost_in_sum) for _ in self.cut]
@@ -64,6 +60,8 @@ class Exchange:
         self._swap([total] * self.comm.size, self._out)
         for piece, data in zip(self.cut, self._out, strict=True):
             self.codec.decode(data, values[piece])
+        if not torch.isfinite(values.sum()):
+            self._forget()
 
     def _swap(self, outgoing: list[np.ndarray], incoming: list[np.ndarray]) -> None:
         """Message number r of `outgoing` goes to rank r, and what it sent to me into `incoming`[r]."""
@@ -76,12 +74,13 @@ class Exchange:
             other = (rank + step) % self.comm.size
             for part in _messages(outgoing[other]):
                 ledger.send(self.comm, part, dest=other, tag=TAG)
-            self.sent_bytes += outgoing[other].size
         incoming[rank][:] = outgoing[rank]
         ledger.wait()
 
-    def forget(self) -> None:
-        """Drop the residuals: what they hold comes from gradients that were not finite."""
+    def _forget(self) -> None:
+        """Drop residuals that come from gradients that were not finite, or every step to come would be skipped too.
+
+        All ranks see the same sum, so all do it together."""
         self.lost.zero_()
         self.lost_in_sum.zero_()
 

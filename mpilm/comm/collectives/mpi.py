@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from mpi4py import MPI
 
-from mpilm.comm import arrays
+from mpilm.comm import arrays, p2p
 from mpilm.comm.collectives._base import Collective
 
 
@@ -21,3 +21,5 @@ class Mpi(Collective):
         self.check(buffer)
         for piece in arrays.chunks(0, len(buffer), arrays.MESSAGE_BYTES // buffer.itemsize):
             self.comm.Allreduce(MPI.IN_PLACE, buffer[piece], op=MPI.SUM)
+        # MPI does not tell what it sends; an allreduce sends so much at least.
+        p2p.Traffic.sent += 2 * (self.comm.size - 1) * buffer.nbytes // self.comm.size
