@@ -79,8 +79,8 @@ def trainer(config: Config, world: World) -> Trainer:
     decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else {})
     core = build(config, world, shape, decision)
     state = restore(core, shape, config, reader)
-    about = {"shape": asdict(shape), "data": about_data, "config": config.to_dict(),
-             "arithmetic": decision.to_dict(), "layout": _describe(core.mesh)}
+    about = {"shape": asdict(shape), "data": {**about_data, "tokenizer": dataset.tokenizer_hash},
+             "config": config.to_dict(), "arithmetic": decision.to_dict(), "layout": _describe(core.mesh)}
     return Trainer(
         config=config, state=state, update=core.update, pipeline=core.pipeline, sync=core.sync,
         loader=_loader(config, dataset, core.slots),

@@ -6,7 +6,7 @@ import argparse
 import math
 
 from mpilm import launch
-from mpilm.log import say
+from mpilm.log import UserError, say
 
 
 def main() -> None:
@@ -16,6 +16,8 @@ def main() -> None:
     parser.add_argument("--data.path", dest="data", default="", help="dataset; default: the one it was trained on")
     parser.add_argument("--sequences", type=int, default=10**9, help="at most so many; default: all")
     options = parser.parse_args()
+    if options.sequences < 1:
+        raise UserError(f"--sequences {options.sequences}: give a number from 1 up.")
     with launch.session() as world:
         import torch
 
@@ -27,6 +29,7 @@ def main() -> None:
         config = resume.config_of(reader)
         config.data.path = options.data or config.data.path
         config.log.validation_sequences = options.sequences
+        resume.require_tokenizer(reader, config.data.path)
         validation = assemble.validation(config, pipeline.alone(assemble.trained(reader)), world.comm)
         loss = validation.loss()
         say(f"{reader.path}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over "

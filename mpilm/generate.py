@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpilm import launch
@@ -20,19 +21,23 @@ def main() -> None:
     """Read a checkpoint and continue the prompt, on rank 0."""
     parser = argparse.ArgumentParser(prog="python -m mpilm.generate", description=__doc__)
     parser.add_argument("path", help="run directory or checkpoint")
+    parser.add_argument("--data.path", dest="data", default="",
+                        help="dataset whose tokenizer is used; default: the one it was trained on")
     parser.add_argument("--prompt", default="import ", help="what the text begins with")
     parser.add_argument("--tokens", type=int, default=200, help="how many to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if options.tokens < 1 or options.temperature < 0:
-        raise UserError("--tokens: give a number from 1 up; --temperature: from 0 up.")
+    if options.tokens < 1 or not 0 <= options.temperature < float("inf") or options.seed < 0:
+        raise UserError("--tokens: give a number from 1 up; --temperature and --seed: from 0 up.")
     with launch.session() as world:
         from mpilm import assemble, resume
 
         reader = resume.open_run(options.path, world.comm)
         config = resume.config_of(reader)
-        text = sample(assemble.trained(reader), config.data.path, options.prompt, num_tokens=options.tokens,
+        path = options.data or config.data.path
+        resume.require_tokenizer(reader, path)
+        text = sample(assemble.trained(reader), path, options.prompt, num_tokens=options.tokens,
                       context=config.data.sequence_length, temperature=options.temperature, seed=options.seed)
         say(text)
 
@@ -46,9 +51,9 @@ def sample(model: GPT, data_path: str, prompt: str, *, num_tokens: int, context:
     """
     from tokenizers import Tokenizer
 
-    from mpilm.data.shards import Dataset
+    from mpilm.data._format import TOKENIZER
 
-    tokenizer = Tokenizer.from_file(str(Dataset.open(data_path, split="train").tokenizer_path))
+    tokenizer = Tokenizer.from_file(str(Path(data_path) / TOKENIZER))
     tokens = tokenizer.encode(prompt).ids
     if not tokens:
         raise UserError("--prompt: give at least one character.")

@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                           "micro-batches": options.micro_batches}.items():
         if not 1 <= value <= MOST:
             raise UserError(f"--{option} {value}: give a number from 1 to {MOST}.")
+    if (cells := options.pp * options.chunks * options.micro_batches) > MOST**2:
+        raise UserError(f"--parallel.pp {options.pp}, --parallel.chunks {options.chunks} and --micro-batches "
+                        f"{options.micro_batches} make {cells:,} passes, more than anybody would look at. Lower them.")
     from mpilm.parallel import schedules
 
     names = list(schedules.MENU) if options.show_schedule == "all" else [options.show_schedule]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mpilm.checkpoint import Reader, differences, newest, verified
 from mpilm.config import Config
+from mpilm.data._format import read_index
+from mpilm.data.shards import check_tokenizer
 from mpilm.launch import on_root
 from mpilm.log import UserError, say
 
@@ -48,7 +51,8 @@ def check(reader: Reader, *, shape: dict[str, Any], data: dict[str, Any], config
         UserError: Names every difference.
     """
     meta = reader.meta
-    found = {"model": meta["shape"], "data": meta["data"], "options": _position(meta["config"])}
+    found = {"model": meta["shape"], "data": {key: meta["data"][key] for key in data},
+             "options": _position(meta["config"])}
     expected = {"model": shape, "data": data, "options": _position(config.to_dict())}
     differing = differences(expected, found)
     if differing:
@@ -82,6 +86,27 @@ def _require_run(path: Path) -> None:
 
 
 def config_of(reader: Reader) -> Config:
-    """The configuration that a checkpoint was written under."""
-    sections = vars(Config()).items()
-    return Config(**{name: type(section)(**reader.meta["config"][name]) for name, section in sections})
+    """The configuration that a checkpoint was written under, as far as this version has the same options."""
+    written = reader.meta["config"]
+    return Config(**{name: replace(section, **{key: value for key, value in written.get(name, {}).items()
+                                               if hasattr(section, key)})
+                     for name, section in vars(Config()).items()})
+
+
+def require_tokenizer(reader: Reader, path: str) -> None:
+    """Refuse a dataset whose tokens are not those that the model of a checkpoint learned.
+
+    Raises:
+        UserError: They are not; or there is no dataset at `path`.
+    """
+    folder = Path(path)
+    try:
+        index = read_index(folder)
+        check_tokenizer(folder, index)
+    except UserError as error:
+        raise UserError(f"{error}\nThe dataset of {reader.path} was at {reader.meta['config']['data']['path']}; "
+                        "--data.path says where it is now.") from None
+    learned = reader.meta["data"].get("tokenizer", index.tokenizer_sha256)
+    if index.tokenizer_sha256 != learned or index.vocab_size > reader.meta["shape"]["vocab_size"]:
+        raise UserError(f"{folder} was encoded with another tokenizer than the data that {reader.path} learned: the "
+                        "same numbers mean other words. Give a dataset that was encoded with the same one.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from mpilm.comm.order import even_runs
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Spread
@@ -11,6 +13,8 @@ from mpilm.data.shards import Dataset
 from mpilm.log import UserError
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
+
+TOKENS = 1 << 18  # of a rank in memory at a time, about: the split may be larger than that
 
 
 class Validation:
@@ -33,9 +37,15 @@ class Validation:
         runs = even_runs(slots, comm.size)
         self.pipeline, self.losses = pipeline, Losses(comm, runs, pipeline.comm)
         self.tokens = slots * size * sequence_length
-        self.loader = Loader(dataset, Spread(available, count=slots * size), sequence_length=sequence_length,
-                             micro_batch_size=size, slots=runs[comm.rank], mask_documents=mask_documents)
+        mine = runs[comm.rank]
+        together = max(1, TOKENS // (size * sequence_length))
+        order = Spread(available, count=slots * size, mine=range(mine.start * size, mine.stop * size),
+                       a_step=together * size)
+        self.batches = -(-len(mine) // together)
+        self.loader = Loader(dataset, order, sequence_length=sequence_length, micro_batch_size=size,
+                             slots=range(together), mask_documents=mask_documents)
 
     def loss(self) -> float:
         """Mean loss, nats per token."""
-        return self.losses.mean(self.pipeline.evaluate(self.loader.batch(0)))
+        losses = [self.pipeline.evaluate(self.loader.batch(number)) for number in range(self.batches)]
+        return self.losses.mean(np.concatenate([np.empty(0), *losses]))

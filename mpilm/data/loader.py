@@ -34,7 +34,10 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of consecutive steps; any other step works too, it only is not prepared ahead. Close it after use."""
+    """Batches of consecutive steps; any other step works too, it only is not prepared ahead. Close it after use.
+
+    A step whose order has fewer sequences has fewer slots.
+    """
 
     def __init__(self, dataset: Dataset, sampler: Order, *, sequence_length: int, micro_batch_size: int,
                  slots: range, mask_documents: bool = False) -> None:
@@ -60,7 +63,7 @@ class Loader:
         size, length = self._micro_batch_size, self._sequence_length
         ids = self._sampler.ids(step)[self._slots.start * size:self._slots.stop * size]
         starts = ids * length
-        shape = (len(self._slots), size, length)
+        shape = (starts.size // size, size, length)
         tokens = self._dataset.windows(starts, length + 1).reshape(*shape[:2], length + 1)
         documents = self._documents(starts).reshape(shape) if self._mask_documents else None
         return Batch(tokens[..., :-1], tokens[..., 1:], documents)

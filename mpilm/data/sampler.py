@@ -81,12 +81,21 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 class Spread:
-    """The order for validation: every step is the same `count` sequences, in order, evenly spaced over the split."""
+    """The order for validation: always the same `count` sequences, evenly spaced over the split.
 
-    def __init__(self, num_sequences: int, *, count: int) -> None:
-        self.num_sequences = num_sequences
-        self.count = count
+    Args:
+        num_sequences: Of the split.
+        count: Sequences taken of them.
+        mine: Which of those taken are wanted; None: all.
+        a_step: How many of them make a step, the last of which may have fewer; 0: every step is all of them.
+    """
+
+    def __init__(self, num_sequences: int, *, count: int, mine: range | None = None, a_step: int = 0) -> None:
+        self.num_sequences, self.count = num_sequences, count
+        self.mine = range(count) if mine is None else mine
+        self.a_step = a_step
 
     def ids(self, step: int) -> np.ndarray:
-        """Sequence ids, whatever the step: [count] int64."""
-        return np.arange(self.count, dtype=np.int64) * self.num_sequences // self.count
+        """Sequence ids of a step: [a_step] int64, or fewer."""
+        wanted = self.mine[step * self.a_step:(step + 1) * self.a_step] if self.a_step else self.mine
+        return np.arange(wanted.start, wanted.stop, dtype=np.int64) * self.num_sequences // self.count

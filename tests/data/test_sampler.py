@@ -77,6 +77,14 @@ def test_spread():
     assert Spread(3, count=3).ids(0).tolist() == [0, 1, 2]
 
 
+def test_spread_in_steps():
+    """The steps of every rank together are the whole."""
+    runs = [range(4), range(4, 9)]
+    pieces = [Spread(100, count=9, mine=mine, a_step=2).ids(step) for mine in runs for step in range(4)]
+    assert [len(piece) for piece in pieces] == [2, 2, 0, 0, 2, 2, 1, 0]
+    assert np.concatenate(pieces).tolist() == Spread(100, count=9).ids(0).tolist()
+
+
 def test_nothing_to_sample():
     with pytest.raises(ValueError, match="num_sequences 0"):
         Sampler(0, global_batch_size=1, seed=1)

@@ -1,0 +1,74 @@
+"""A trained model is measured and made to write, with the data it learned or data of the same tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from mpi4py import MPI
+
+from mpilm import assemble, validation
+from mpilm.model.gpt import GPT
+from mpilm.parallel import pipeline
+from tests import datasets
+from tests.data.cases import documents, write_dataset
+from tests.test_user_errors import attempt
+from tests.training_cases import configuration
+
+
+def test_a_large_split_goes_through_memory_in_pieces(comm, monkeypatch, tmp_path_all):
+    """The loss has the same bits for any pieces and any number of ranks."""
+    config = configuration(micro_batch_size=2)
+    if comm.rank == 0:
+        datasets.small(tmp_path_all / "data")
+    comm.Barrier()
+    config.data.path, config.log.validation_sequences = str(tmp_path_all / "data"), 57
+    model = GPT(assemble.shape_of(config, datasets.VOCAB_SIZE))
+    model.initialize(seed=1)
+    losses = set()
+    for tokens in (1, 100, 1 << 20):
+        monkeypatch.setattr(validation, "TOKENS", tokens)
+        for ranks in (comm, MPI.COMM_SELF):
+            measured = assemble.validation(config, pipeline.alone(model), ranks)
+            assert measured.tokens == 56 * config.data.sequence_length
+            losses |= {measured.loss(), measured.loss()}
+    assert len(losses) == 1, losses
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory of this module's."""
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def data(place):
+    """A small dataset."""
+    return datasets.small(place / "data")
+
+
+@pytest.mark.serial
+def test_data_that_has_moved_and_data_of_another_tokenizer(run_mpi, data, place):
+    """Where it is now is asked for; other tokens are refused instead of giving a number that means nothing."""
+    run = place / "run"
+    assert attempt(run_mpi, data, run).rc == 0
+    other = place / "other"
+    write_dataset(other, documents(40), validation=documents(10))
+    data.rename(place / "moved")
+    generate, evaluate = ["-m", "mpilm.generate", str(run), "--tokens", "2"], ["-m", "mpilm.evaluate", str(run)]
+    result = run_mpi(0, generate)
+    assert result.rc == 2 and f"was at {data}; --data.path says where it is now" in result.stderr, result
+    assert run_mpi(0, [*generate, "--data.path", str(place / "moved")]).rc == 0
+    result = run_mpi(0, [*evaluate, "--data.path", str(other)])
+    assert result.rc == 2 and "another tokenizer" in result.stderr and "Traceback" not in result.stderr, result
+    shutil.rmtree(other)
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(("command", "option", "value"), [
+    ("evaluate", "sequences", "0"), ("generate", "tokens", "0"), ("generate", "temperature", "nan"),
+    ("generate", "seed", "-1"), ("plan", "micro-batches", "0")])
+def test_numbers_that_make_no_sense(run_mpi, command, option, value):
+    result = run_mpi(0, ["-m", f"mpilm.{command}", *(["--show-schedule"] if command == "plan" else ["run"]),
+                         f"--{option}", value])
+    assert result.rc == 2 and f"--{option}" in result.stderr and "Traceback" not in result.stderr, result
