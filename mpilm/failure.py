@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 USER_ERROR, INTERRUPTED = 2, 130
 GRACE_S = 3.0
-READ_S, PASSED_ON_S = 2.0, 0.05
+READ_S = 2.0
+PASSED_ON_S, NAPS = 0.05, 6  # several short naps: on a busy machine each of them is longer, as the launcher's turns are
 STDERR = 2
 # What a file system says for reasons of its own. ENOENT is not among them: that may well be our mistake.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM,
@@ -165,6 +166,7 @@ class Guard:
             if self.comm.rank == 0:
                 told = [(rank, text) for rank, (_, text) in enumerate(verdicts) if text is not None]
                 _print(_summary(told, self.comm.size))
+                wait_until_read(STDERR)
             raise SystemExit(max(codes))
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
@@ -204,6 +206,7 @@ def wait_until_read(descriptor: int) -> None:
         while unread[0] and time.monotonic() < deadline:
             time.sleep(0.005)
             fcntl.ioctl(descriptor, termios.FIONREAD, unread)
-        time.sleep(PASSED_ON_S)
+        for _ in range(NAPS):
+            time.sleep(PASSED_ON_S)
     except OSError:
         return

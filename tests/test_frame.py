@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,18 @@ RANK = MPI.COMM_WORLD.rank
 """
 
 
-def pytest_on(directory: Path, body: str, *, n: int = 2, options: tuple[str, ...] = ()) -> Result:
-    """pytest on `n` ranks over one file of tests, within our frame."""
+def pytest_on(directory: Path, body: str, *, n: int = 2, options: tuple[str, ...] = (), grace_s: int = 60) -> Result:
+    """pytest on `n` ranks over one file of tests, within our frame.
+
+    Args:
+        grace_s: Of a rank that failed, for the others to come; short only where they never will: a busy machine may
+            keep them for seconds.
+    """
     file = directory / "test_inner.py"
     file.write_text(HEAD + body)
     return run_nested(n, ["-m", "pytest", "-c", str(REPOSITORY / "setup.cfg"), "--rootdir", str(directory),
                           "-p", "tests.conftest", "--color=no", *options, str(file)],
-                      env={"MPILM_TEST_GRACE_S": "2"}, cwd=directory, timeout=60)
+                      env={"MPILM_TEST_GRACE_S": str(grace_s)}, cwd=directory, timeout=120)
 
 
 CALM = """
@@ -84,16 +88,14 @@ def test_skip_on_one_rank_is_a_failure(calm):
 
 
 def test_failure_while_others_wait_in_a_collective(tmp_path):
-    started = time.monotonic()
     result = pytest_on(tmp_path, """
 def test_stuck(comm):
     assert RANK != 1, "left the others alone"
     comm.Barrier()
-""")
+""", grace_s=2)
     assert result.rc not in (0, None)
     assert "[rank 1]" in result.stderr
     assert "left the others alone" in result.stderr
-    assert time.monotonic() - started < 30
 
 
 def test_missing_test_ends_all(tmp_path):

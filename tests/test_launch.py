@@ -64,7 +64,7 @@ def main():
         if mode == "slow":
             say("ready")
         if mode in ("thread", "slow"):
-            time.sleep(60)
+            time.sleep(600)
         world.comm.Barrier()
         say("all through")
 
@@ -143,14 +143,12 @@ def test_what_a_user_did_is_told_once_without_traceback(program, mode, rc, told)
     ("thread", 1, "ValueError: the loader broke"),
 ])
 def test_a_bug_ends_the_job_with_the_ranks_traceback_first(program, mode, rank, told):
-    started = time.monotonic()
     result = program(mode)
     assert result.rc == 1, result
     assert result.stderr.lstrip().startswith(f"[rank {rank} on {os.uname().nodename}]")
     assert result.stderr.count("Traceback") == 1
     assert told in result.stderr
     assert "all through" not in result.stdout
-    assert time.monotonic() - started < 30
 
 
 @serial
@@ -187,17 +185,18 @@ def test_ctrl_c(program):
     process = start(2, [str(program.file), "slow", str(program.run_dir)],
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
-    while "ready" not in process.stdout.readline():
-        pass
+    assert any("ready" in line for line in process.stdout), "it ended by itself"
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=20) != 0
-    process.communicate()
-    assert not _running(str(program.file))
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    deadline = time.monotonic() + 60
+    while running := _running(str(program.file)):
+        assert time.monotonic() < deadline, running
+        time.sleep(0.1)
 
 
 def _running(name: str) -> list[str]:
     """Command lines of processes that have `name` among their arguments."""
-    time.sleep(1)
     lines = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:

@@ -84,14 +84,11 @@ def test_a_bad_line_ends_all_ranks(tmp_path, run_mpi):
 @pytest.mark.serial
 def test_help_is_quick():
     for name in ("tokenizer", "encode", "verify"):
-        start = time.monotonic()
-        result = helpers.run_nested(0, ["-m", f"data_prep.{name}", "--help"])
+        result = helpers.run_nested(0, ["-X", "importtime", "-m", f"data_prep.{name}", "--help"])
         assert result.rc == 0
         assert "python -m data_prep" in result.stdout
-        assert time.monotonic() - start < 10  # a second on an idle machine; this only keeps heavy imports out
-        heavy = helpers.run_nested(0, ["-X", "importtime", "-m", f"data_prep.{name}", "--help"]).stderr
         for module in ("numpy", "mpi4py.MPI", "h5py", "tokenizers", "pyarrow"):
-            assert f" {module}\n" not in heavy
+            assert f" {module}\n" not in result.stderr
 
 
 class Killed(BaseException):
@@ -149,11 +146,16 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert len(set(done)) == len(done) > 6
 
 
+def number_of_files(folder):
+    """Files below a folder, which may come and go meanwhile."""
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
 def start_and_kill(args, folder, files):
     """Run on two ranks until so many more files have appeared, then kill every process; True if it ended before."""
     process = helpers.start(2, args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    begin = len(list(folder.rglob("*")))
-    while process.poll() is None and len(list(folder.rglob("*"))) < begin + files:
+    begin = number_of_files(folder)
+    while process.poll() is None and number_of_files(folder) < begin + files:
         time.sleep(0.001)
     helpers.kill(helpers.descendants(process.pid))
     return process.wait() == 0
