@@ -6,6 +6,7 @@ Only rank 0 writes. A resumed run takes back the lines of the steps it computes 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -49,7 +50,7 @@ class Metrics:
         """Write one step's values; `step` is among them."""
         if self.file is None:
             return
-        self._write(json.dumps(values) + "\n")
+        self._write(json.dumps({key: _finite(value) for key, value in values.items()}) + "\n")
         if self.events is not None:
             for key, value in values.items():
                 if key != "step" and isinstance(value, int | float):
@@ -89,6 +90,11 @@ def _has_step(line: str) -> bool:
         return isinstance(json.loads(line)["step"], int)
     except (ValueError, TypeError, KeyError):
         return False
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity: they become null."""
+    return value if math.isfinite(value) else None
 
 
 def _sentence(values: dict[str, Any], seconds_left: float) -> str:

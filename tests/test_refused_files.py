@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -64,6 +65,16 @@ def test_garbage_among_the_metrics_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n" + good.encode() + b"[1]\n{}\n" + good[:9].encode())
     Metrics(tmp_path, step=5, steps=9, tensorboard=False, write=True).close()
     assert (tmp_path / "metrics.jsonl").read_text() == good
+
+
+def test_a_loss_that_is_no_number_is_null_in_json(tmp_path):
+    """NaN and infinity are not JSON, and other programs' readers stop there."""
+    metrics = Metrics(tmp_path, step=0, steps=9, tensorboard=False, write=True)
+    values = {"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5, "tokens_per_s": 1.0, "mfu": 0.0}
+    metrics.record(values)
+    metrics.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == values | {"loss": None, "grad_norm": None}
 
 
 def test_an_oserror_on_root_is_a_mistake_of_all(comm, tmp_path_all):

@@ -87,6 +87,7 @@ class Writer:
     def _prepare(self) -> UserError | None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            retention.sync(self.directory.parent)  # a power cut must not take the whole run
             if removed := retention.tidy(self.directory):
                 say(f"{self.directory}: removed what an interrupted save left behind: {', '.join(removed)}")
             return None

@@ -68,6 +68,7 @@ class Messages:
         started = time.perf_counter()
         p2p.wait([request])
         self.wait_s += time.perf_counter() - started
+        self.ledger.reap()
         self._post()
         return tensor
 
