@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpilm.log import UserError
 from mpilm.model.gpt import GPT
 from mpilm.model.shape import Shape
 from mpilm.parallel.deferred import Deferred
@@ -107,3 +108,31 @@ def test_a_weight_without_a_path_to_it_has_no_gradient():
     found = {name for name, parameter in layers.named_parameters() if parameter.grad is not None}
     assert found == {"used.weight", "biased.weight", "biased.bias"}
     assert halves.late == {"used.weight", "idle.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(6,), (2, 6)])
+def test_layers_with_a_bias_are_put_off_where_they_are_named(rows, dtype):
+    """With rows of their own; the same bits as autograd's."""
+    torch.manual_seed(1)
+    layers = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+    leaf = torch.randn(*rows, 5).to(dtype).requires_grad_()
+    layers(leaf).square().sum().backward()
+    expected = [parameter.grad for parameter in layers.parameters()]
+    of_input, leaf.grad = leaf.grad, None
+    layers.zero_grad()
+    halves = Deferred(layers, {layers[0]: rows, layers[2]: rows})
+    halves.prepare((1,))
+    half = halves.backward(layers(leaf).square().sum(), None, leaf)
+    assert torch.equal(half.input_gradient, of_input) and all(p.grad is None for p in layers.parameters())
+    half.weights()
+    assert all(torch.equal(one, other.grad) for one, other in zip(expected, layers.parameters(), strict=True))
+
+
+def test_a_weight_that_is_used_elsewhere_too_is_refused():
+    """Half of its gradient would be missing."""
+    layer, leaf = nn.Linear(4, 4), torch.ones(1, 4, requires_grad=True)
+    halves = Deferred(layer, {layer: (1,)})
+    halves.prepare((1,))
+    with pytest.raises(UserError, match="another --parallel.schedule than zb"):
+        halves.backward(layer(leaf).sum() + layer.weight.square().sum(), None, leaf)
