@@ -137,12 +137,9 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     slots = runs[mesh.dp.rank]
     parts = [GPT(shape, units) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
-    parameters = named(parts)
-    matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
-    synchronizer = sync.get(config.sync.kind)(
-        parameters, matrices, _collective(config, mesh, parameters.values(), update), mesh.parts, _worker(world, mesh),
-        states=update.STATES, num_slots=len(slots), dtype=decision.dtype,
-        bucket_mib=config.sync.bucket_mib, reproducible=decision.reproducible)
+    for part in parts:
+        part.recompute = parallel.recompute
+    synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype)
     schedule = schedules.get(config.parallel.schedule)
     if decision.compile:
         for part in parts:
@@ -150,6 +147,17 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     stages = Pipeline(parts, synchronizer, mesh.pp, schedule,
                       num_slots=sum(map(len, runs)), dtype=decision.dtype)
     return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.dp, runs, mesh.pp), update)
+
+
+def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
+                num_slots: int, dtype: torch.dtype) -> Allreduce:
+    """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
+    matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
+    synchronizer: Allreduce = sync.get(config.sync.kind)(
+        parameters, matrices, _collective(config, mesh, parameters.values(), update), mesh.parts, _worker(world, mesh),
+        states=update.STATES, num_slots=num_slots, dtype=dtype,
+        bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible)
+    return synchronizer
 
 
 def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:

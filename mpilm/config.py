@@ -128,6 +128,7 @@ class Parallel:
         schedule: Order of a pipeline's work: gpipe, 1f1b, interleaved, or zb (zero bubble).
         chunks: Parts of the model that a rank holds in the interleaved schedule.
         split: Blocks of every part, in order, such as 4,4,3; empty: by what they cost.
+        recompute: Keep only the input of each block, and compute the block again in the backward pass: less memory.
     """
 
     pp: int = 1
@@ -136,6 +137,7 @@ class Parallel:
     schedule: str = "1f1b"
     chunks: int = 2
     split: str = ""
+    recompute: bool = False
 
 
 @dataclass

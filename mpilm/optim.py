@@ -12,12 +12,14 @@ changing a bit. AdamW is arXiv 1711.05101; the schedules are arXiv 1608.03983 (c
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch.optim.adamw import adamw
 
 from mpilm.config import Optim
 from mpilm.flat import Flat
+from mpilm.log import UserError
 
 # Elements of one pass: the weights are rounded from masters still in the cache, and the calls cost nothing beside it.
 CHUNK = 1 << 18
@@ -50,7 +52,7 @@ class Update:
     `applied` counts the updates that were made and `skipped_in_a_row` those left out since the last one.
     """
 
-    STATES = ("adam_m", "adam_v")
+    STATES: ClassVar[tuple[str, ...]] = ("adam_m", "adam_v")
 
     def __init__(self, optim: Optim, steps: int) -> None:
         self.optim, self.steps = optim, steps
@@ -87,3 +89,32 @@ class Update:
               eps=self.optim.eps, weight_decay=self.optim.weight_decay if flat.decay else 0.0)
         if flat.weights.data_ptr() != flat.masters.data_ptr():
             flat.weights[part].copy_(masters)
+
+
+class Sgd(Update):
+    """Plain stochastic gradient descent: w -= lr * (g + weight_decay * w), with the same clipping and schedule."""
+
+    STATES: ClassVar[tuple[str, ...]] = ()
+
+    def apply(self, flat: Flat, scale: float) -> None:
+        """One update of a run of flat memory; its gradients are used up."""
+        gradient = flat.gradients.mul_(scale)
+        if flat.decay:
+            gradient.add_(flat.masters, alpha=self.optim.weight_decay)
+        flat.masters.sub_(gradient, alpha=self.lr)
+        if flat.weights.data_ptr() != flat.masters.data_ptr():
+            flat.weights.copy_(flat.masters)
+
+
+MENU = {"adamw": Update, "sgd": Sgd}
+
+
+def get(name: str) -> type[Update]:
+    """The optimizer of that name.
+
+    Raises:
+        UserError: There is none; the message lists those there are.
+    """
+    if name not in MENU:
+        raise UserError(f"optimizer {name!r}: there is no such choice; give one of {', '.join(MENU)}.")
+    return MENU[name]

@@ -83,11 +83,12 @@ def test_stopping_and_resuming_as_another_pipeline_gives_the_same_bits(train, ru
 @pytest.mark.serial
 @pytest.mark.slow
 def test_a_compiled_pipeline_gives_the_same_bits(train, tmp_path):
-    """Also where a schedule splits compiled backward passes."""
+    """Also where a schedule splits its backward passes, and where blocks are computed again."""
     compiled = {"run.compile": "on", "run.steps": 3, "checkpoint.every": 0}
     alone = train(1, tmp_path / "one", **compiled)
-    for schedule in ("1f1b", "zb"):
-        assert train(2, tmp_path / schedule, **compiled, **{"parallel.pp": 2, "parallel.schedule": schedule}) == alone
+    for schedule, again in (("1f1b", "true"), ("zb", "false")):
+        layout = {"parallel.pp": 2, "parallel.schedule": schedule, "parallel.recompute": again}
+        assert train(2, tmp_path / schedule, **compiled, **layout) == alone
 
 
 @pytest.mark.serial

@@ -93,6 +93,7 @@ def contenders(folder: Path, batch: int, stack: ExitStack) -> dict[str, Callable
 
     def loaded() -> Pair:
         got = loader.batch(next(steps))
+        assert got.targets is not None
         return got.inputs[0], got.targets[0]
 
     return {"mpilm": ours, "mpilm-loader": loaded, "memmap": lambda: _stacked(mapped, starts()),

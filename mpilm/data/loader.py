@@ -25,11 +25,12 @@ class Batch(NamedTuple):
     """What a rank computes on in a step. All [num_slots, micro_batch_size, sequence_length] int64.
 
     `inputs` and `targets` are views of one array, a token apart, so their rows are not adjacent in memory.
-    `documents` numbers the documents within each row from 0 (None unless asked for).
+    `documents` numbers the documents within each row from 0 (None unless asked for). Without targets a model makes
+    its outputs, not losses.
     """
 
     inputs: np.ndarray
-    targets: np.ndarray
+    targets: np.ndarray | None
     documents: np.ndarray | None
 
 

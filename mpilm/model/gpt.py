@@ -14,12 +14,12 @@ float32 or bfloat16, before the first call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mpilm.model import init
+from mpilm.model import init, recompute
 from mpilm.model.head import Head
 from mpilm.model.layers import Block, Places, RMSNorm
 from mpilm.model.shape import Shape
@@ -41,6 +41,7 @@ class GPT(nn.Module):
             self.lm_head = Head(shape.width, shape.vocab_size)
             if shape.tied_embeddings:
                 self.lm_head.weight = self.embed_tokens.weight
+        self.recompute = False      # keep a block's input only, and compute the block again in the backward pass
         self._places: Places | None = None
 
     @property
@@ -67,11 +68,19 @@ class GPT(nn.Module):
         places = self.places(inputs, documents)
         x = self.embed_tokens(inputs) if hidden is None else hidden
         for block in self.layers.values():
-            x = block(x, places)
+            x = recompute.again(block, x, places) if self.recompute else block(x, places)
         if not self.last:
             return x
         x = self.norm(x)
         return self.lm_head(x) if targets is None else self.lm_head.loss(x, targets)
+
+    def input_shape(self, stage: int, slot: Sequence[int]) -> tuple[int, ...]:
+        """Of what enters pipeline stage `stage`, from 1: that of a slot's tokens [B, T], and the width."""
+        return (*slot, self.shape.width)
+
+    def linear_rows(self) -> None:
+        """No layer sees other rows than those of the slot's tokens."""
+        return
 
     def places(self, inputs: Tensor, documents: Tensor | None) -> Places:
         """Where the tokens of `inputs` [B, T] stand. Without documents it is the same in every step, and kept."""

@@ -10,77 +10,108 @@ layer's backward pass leaves them out, and hands out x and dy instead, as the "g
 their shapes, without memory of their own, which the layer takes as inputs and does not look at. So x and dy are results
 of the backward pass like any other, for a compiler too, and compiled code can be split without knowing about it. The
 product is the one that autograd makes, with the same operands in the same order: the same bits.
+
+A block that is computed again in its backward pass (model/recompute.py) has a graph of its own, of which the outer one
+knows nothing; what is found there on the way is taken like the rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpilm.log import UserError
+from mpilm.model import recompute
+
+Rows = tuple[int, ...]
+
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, x_tap: Tensor, dy_tap: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_tap: Tensor, dy_tap: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x, weight)
+        return nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, = gradients
         x, weight = ctx.saved_tensors
-        return dy @ weight, None, x, dy
+        return dy @ weight, None, None, x, dy
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias whose weight gradient is left to whoever takes the gradients of its taps."""
+    """A linear layer whose weights' gradients are left to whoever takes the gradients of its taps."""
 
     x_tap: Tensor
     dy_tap: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Linear.apply(x, self.weight, self.x_tap, self.dy_tap)
+        y: Tensor = _Linear.apply(x, self.weight, self.bias, self.x_tap, self.dy_tap)
         return y
 
 
 class Deferred:
-    """The linear layers of `part`, and backward passes through it in two halves."""
+    """The linear layers of `part`, and backward passes through it in two halves.
 
-    def __init__(self, part: nn.Module) -> None:
-        self.part = part
+    Args:
+        part: A module; its parameters are those that `named_parameters` tells.
+        own: The layers to put off, each called once in a forward pass, with the rows that each sees; None: every linear
+            layer without bias, which sees the rows of the micro-batch, and whose weight is used nowhere else.
+    """
+
+    def __init__(self, part: Any, own: Mapping[nn.Linear, Rows] | None = None) -> None:
+        self.own = own or {}
         self.layers: list[Linear] = []
-        for module in part.modules():
-            if type(module) is nn.Linear and module.bias is None:
-                module.__class__ = Linear
-                assert isinstance(module, Linear)
-                self.layers.append(module)
-        late = {id(layer.weight) for layer in self.layers}
+        chosen = own if own is not None else [module for module in part.modules()
+                                              if type(module) is nn.Linear and module.bias is None]
+        for module in chosen:
+            module.__class__ = Linear
+            assert isinstance(module, Linear)
+            self.layers.append(module)
+        late = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         named = dict(part.named_parameters())
         self.late = {name for name, parameter in named.items() if id(parameter) in late}
         self.early = {name: parameter for name, parameter in named.items() if name not in self.late}
-        self.rows: tuple[int, ...] = ()
+        self.watched = [layer.weight for layer in self.layers] if own else []
+        self.rows: Rows = ()
         self.taps: list[Tensor] = []
 
-    def prepare(self, rows: tuple[int, ...]) -> None:
+    def prepare(self, rows: Rows) -> None:
         """Before a forward pass over micro-batches of so many rows, such as (sequences, tokens)."""
         if rows == self.rows:
             return
         self.rows, self.taps = rows, []
         for layer in self.layers:
             layer.x_tap, layer.dy_tap = (
-                torch.empty((), dtype=layer.weight.dtype).expand(*rows, width).requires_grad_()
+                torch.empty((), dtype=layer.weight.dtype).expand(*self.own.get(layer, rows), width).requires_grad_()
                 for width in (layer.in_features, layer.out_features))
             self.taps += [layer.x_tap, layer.dy_tap]
 
     def backward(self, output: Tensor, gradient: Tensor | None, hidden: Tensor | None) -> Half:
         """Everything but the linear layers' weights. Gradients go where the parameters' hooks take them."""
-        leaves = [*([hidden] if hidden is not None else []), *self.early.values(), *self.taps]
-        found: list[Tensor | None] = list(torch.autograd.grad(output, leaves, gradient, allow_unused=True))
-        dx = found.pop(0) if hidden is not None else None
-        for parameter in self.early.values():
-            _deliver(parameter, found.pop(0))
-        return Half(self.layers, found, dx)
+        operands: list[Tensor | None] = [None] * len(self.taps)
+
+        def through(output: Tensor, hidden: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+            leaves = [*([hidden] if hidden is not None else []), *self.early.values(), *self.taps, *self.watched]
+            found: list[Tensor | None] = []
+            if leaves:
+                found += torch.autograd.grad(output, leaves, gradient, allow_unused=True)
+            dx = found.pop(0) if hidden is not None else None
+            for parameter in self.early.values():
+                _deliver(parameter, found.pop(0))
+            while len(found) > len(self.taps):
+                _require_none(found.pop())
+            operands[:] = [new if old is None else old for old, new in zip(operands, found, strict=True)]
+            return dx
+
+        outside = recompute.PASS.set(through)
+        try:
+            return Half(self.layers, operands, through(output, hidden, gradient))
+        finally:
+            recompute.PASS.reset(outside)
 
 
 class Half:
@@ -95,14 +126,23 @@ class Half:
             dy, x = self.operands.pop(), self.operands.pop()
             if x is not None and dy is not None:
                 _deliver(layer.weight, product(x, dy))
+                if layer.bias is not None:
+                    _deliver(layer.bias, dy.flatten(0, -2).sum(0))
 
 
 def product(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient [out, in] of a weight, as autograd computes it."""
-    return (x.flatten(0, -2).t() @ dy.flatten(0, -2)).t()
+    """The gradient [out, in] of a weight, as autograd computes it: its transpose would be other bits in float32."""
+    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def _require_none(gradient: Tensor | None) -> None:
+    if gradient is not None:
+        raise UserError("The weight of a linear layer is used outside of the layer too, so that its gradient can't be "
+                        "computed apart: give another --parallel.schedule than zb.")
 
 
 def _deliver(parameter: Tensor, gradient: Tensor | None) -> None:
     """Accumulate a gradient into a parameter, hooks and all."""
     if gradient is not None:
-        torch.autograd.backward(parameter.view_as(parameter), gradient)
+        with torch.enable_grad():       # inside of another backward pass nothing would be recorded
+            torch.autograd.backward(parameter.view_as(parameter), gradient)

@@ -1,6 +1,6 @@
 """What stages tell each other: activations forward, their gradients backward.
 
-    messages.expect(keys)                  every message of a step, in the order in which it will be needed
+    messages.expect([(key, shape), ...])   every message of a step, in the order in which it will be needed
     hidden = messages.receive(key)         waits for the next of them
     messages.send(key, tensor)             returns at once; the tensor is kept until it has arrived
     messages.finish()                      everything sent has arrived
@@ -41,22 +41,21 @@ class Messages:
         self.comm, self.dtype = comm, dtype
         self.ledger = p2p.Ledger()
         self.wait_s = 0.0
-        self._coming: deque[Message] = deque()
+        self._coming: deque[tuple[Message, tuple[int, ...]]] = deque()
         self._posted: deque[tuple[Message, MPI.Request, torch.Tensor]] = deque()
-        self._shape: tuple[int, ...] = ()
 
-    def expect(self, keys: Iterable[Message], shape: tuple[int, ...]) -> None:
-        """Get ready to receive these, in this order; each is a tensor of `shape`."""
+    def expect(self, messages: Iterable[tuple[Message, tuple[int, ...]]]) -> None:
+        """Get ready to receive these, in this order, each with the shape of its tensor."""
         assert not self._posted, "the messages of the step before were not all received"
-        self._coming, self._shape = deque(keys), shape
+        self._coming = deque(messages)
         self._post()
 
     def _post(self) -> None:
         while self._coming and len(self._posted) <= AHEAD:
-            key = self._coming.popleft()
+            key, shape = self._coming.popleft()
             kind, stage, _ = key
             sender = stage - 1 if kind is Kind.FORWARD else stage + 1
-            tensor = torch.empty(self._shape, dtype=self.dtype)
+            tensor = torch.empty(shape, dtype=self.dtype)
             request = self.ledger.receive(self.comm, bridge.array(tensor), source=sender % self.comm.size,
                                           tag=_tag(kind, stage))
             self._posted.append((key, request, tensor))

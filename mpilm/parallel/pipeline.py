@@ -10,7 +10,7 @@ global batch before the backward pass, so that the sum over slots and ranks is t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from mpilm.data.loader import Batch
 from mpilm.model.gpt import GPT
 from mpilm.parallel import routes, schedules
+from mpilm.parallel.chunk import Chunk
 from mpilm.parallel.deferred import Deferred, Half
 from mpilm.parallel.messages import Messages
 from mpilm.parallel.schedules import Action, Kind, Schedule
@@ -47,12 +48,12 @@ class Pipeline:
         dtype: Of activations.
     """
 
-    def __init__(self, chunks: Sequence[GPT], slots: Slots, comm: MPI.Comm, schedule: Schedule, *, num_slots: int,
+    def __init__(self, chunks: Sequence[Chunk], slots: Slots, comm: MPI.Comm, schedule: Schedule, *, num_slots: int,
                  dtype: torch.dtype) -> None:
         self.chunks, self.slots, self.comm, self.schedule, self.num_slots = chunks, slots, comm, schedule, num_slots
         self.stages = comm.size * len(chunks)
         self.messages = Messages(comm, dtype)
-        self.deferred = [Deferred(chunk) for chunk in chunks] if schedule.split else []
+        self.deferred = [Deferred(chunk, chunk.linear_rows()) for chunk in chunks] if schedule.split else []
         self.names = [{name for name, _ in chunk.named_parameters()} for chunk in chunks]
         self.passes = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.INPUT: self._input,
                        Kind.WEIGHT: self._weight}
@@ -66,10 +67,15 @@ class Pipeline:
     def run(self, batch: Batch) -> np.ndarray:
         """Forward and backward of all my slots; their losses, float64, nats per token, on the last stage (else 0)."""
         actions = self.schedule.actions(self.comm.rank, self.comm.size, len(batch.inputs), len(self.chunks))
-        return self._play(actions, batch)
+        return self._losses(self._play(actions, batch), len(batch.inputs))
 
     def evaluate(self, batch: Batch) -> np.ndarray:
-        """Losses of my slots in evaluation mode, as `run` returns them.
+        """Losses of my slots in evaluation mode, as `run` returns them."""
+        return self._losses(self.predict(batch), len(batch.inputs))
+
+    def predict(self, batch: Batch) -> dict[int, Tensor]:
+        """What the last stage makes of my slots in evaluation mode (elsewhere nothing): losses, or without targets
+        the model's outputs.
 
         Blocks record the graph of a backward pass, and it is dropped: so the very code that training compiled is run,
         instead of compiling it once more without gradients.
@@ -83,25 +89,30 @@ class Pipeline:
             for chunk in self.chunks:
                 chunk.train()
 
-    def _play(self, actions: list[Action], batch: Batch) -> np.ndarray:
+    def _play(self, actions: list[Action], batch: Batch) -> dict[int, Tensor]:
         self._begin(micro_batches(batch))
-        keys = (self._needs(action) for action in actions)
-        shape = (*batch.inputs.shape[1:], self.chunks[0].shape.width)
-        self.messages.expect((key for key in keys if key is not None), shape)
+        slot = batch.inputs.shape[1:]
+        keys = [key for key in map(self._needs, actions) if key is not None]
+        shapes = [self.chunks[0].input_shape(routes.cut(key), slot) for key in keys]
+        self.messages.expect(zip(keys, shapes, strict=True))
         for deferred in self.deferred:
-            deferred.prepare(batch.inputs.shape[1:])
+            deferred.prepare(slot)
         for action in actions:
             self.passes[action.kind](action)
         self.messages.finish()
-        losses = np.zeros(len(self.batch))
-        for slot, loss in self.losses.items():
-            losses[slot] = loss.item()
+        results = self.results
         self._begin([])     # graphs of an evaluation are dropped here
+        return results
+
+    def _losses(self, results: dict[int, Tensor], count: int) -> np.ndarray:
+        losses = np.zeros(count)
+        for slot, loss in results.items():
+            losses[slot] = loss.item()
         return losses
 
-    def _begin(self, batch: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+    def _begin(self, batch: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
         self.batch = batch
-        self.losses: dict[int, Tensor] = {}
+        self.results: dict[int, Tensor] = {}
         self.graphs: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
         self.halves: dict[tuple[int, int], Half] = {}
         if batch:
@@ -114,7 +125,7 @@ class Pipeline:
             hidden.requires_grad_()
         output = chunk(*self.batch[slot], hidden)
         if chunk.last:
-            self.losses[slot] = output.detach()
+            self.results[slot] = output.detach()
         if chunk.training:
             self.graphs[action.chunk, slot] = (output / self.num_slots if chunk.last else output), hidden
         self._send(action, output)
@@ -168,9 +179,11 @@ class _Nobody:
     def end_slot(self) -> None: ...
 
 
-def micro_batches(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(inputs, targets, documents) of each slot, [micro_batch_size, sequence_length]."""
-    inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
-    documents: Iterable[Tensor | None] = ([None] * len(inputs) if batch.documents is None
-                                          else torch.from_numpy(batch.documents))
-    return list(zip(inputs, targets, documents, strict=True))
+def micro_batches(batch: Batch) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """(inputs, targets, documents) of each slot; of GPT [micro_batch_size, sequence_length]."""
+    every = [_slots(array, len(batch.inputs)) for array in batch]
+    return list(zip(*every, strict=True))
+
+
+def _slots(array: np.ndarray | None, count: int) -> Iterable[Any]:
+    return [None] * count if array is None else torch.from_numpy(array)

@@ -29,3 +29,9 @@ def gives(action: Action, rank: int, ranks: int, stages: int) -> Message | None:
     if action.kind is Kind.WEIGHT:
         return None
     return (Kind.BACKWARD, stage - 1, action.micro_batch) if stage > 0 else None
+
+
+def cut(message: Message) -> int:
+    """Where a message crosses: the stage that its activations enter, or that their gradients leave."""
+    kind, stage, _ = message
+    return stage if kind is Kind.FORWARD else stage + 1

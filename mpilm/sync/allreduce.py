@@ -134,7 +134,7 @@ class Allreduce:
     def _all_blocks(self) -> np.ndarray:
         """The sums of squares of all blocks of all stages. Collective over `stages`."""
         everyone = np.empty(sum(self.counts))
-        mine = np.concatenate([bucket.blocks for bucket in self.buckets])
+        mine = np.concatenate([np.empty(0), *(bucket.blocks for bucket in self.buckets)])   # a stage may have none
         self.stages.Allgatherv(mine, (everyone, self.counts))
         return everyone
 

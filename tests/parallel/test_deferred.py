@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpilm.log import UserError
 from mpilm.model.gpt import GPT
 from mpilm.model.shape import Shape
 from mpilm.parallel.deferred import Deferred
@@ -107,3 +108,32 @@ def test_a_weight_without_a_path_to_it_has_no_gradient():
     found = {name for name, parameter in layers.named_parameters() if parameter.grad is not None}
     assert found == {"used.weight", "biased.weight", "biased.bias"}
     assert halves.late == {"used.weight", "idle.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(6,), (2, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_that_are_named_are_put_off(rows, bias, dtype):
+    """With rows of their own, with a bias or without, wide or narrow: the same bits as autograd's."""
+    torch.manual_seed(1)
+    layers = nn.Sequential(nn.Linear(24, 70, bias=bias), nn.Tanh(), nn.Linear(70, 3, bias=bias)).to(dtype)
+    leaf = torch.randn(*rows, 24).to(dtype).requires_grad_()
+    layers(leaf).square().sum().backward()
+    expected = [parameter.grad for parameter in layers.parameters()]
+    of_input, leaf.grad = leaf.grad, None
+    layers.zero_grad()
+    halves = Deferred(layers, {layers[0]: rows, layers[2]: rows})
+    halves.prepare((1,))
+    half = halves.backward(layers(leaf).square().sum(), None, leaf)
+    assert torch.equal(half.input_gradient, of_input) and all(p.grad is None for p in layers.parameters())
+    half.weights()
+    assert all(torch.equal(one, other.grad) for one, other in zip(expected, layers.parameters(), strict=True))
+
+
+def test_a_weight_that_is_used_elsewhere_too_is_refused():
+    """Half of its gradient would be missing."""
+    layer, leaf = nn.Linear(4, 4), torch.ones(1, 4, requires_grad=True)
+    halves = Deferred(layer, {layer: (1,)})
+    halves.prepare((1,))
+    with pytest.raises(UserError, match="used outside of the layer"):
+        halves.backward(layer(leaf).sum() + layer.weight.square().sum(), None, leaf)

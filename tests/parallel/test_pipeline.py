@@ -43,6 +43,14 @@ def test_three_steps_have_the_bits_of_one_rank(name, precision, comm):
             everywhere(comm, same(expected, found), f"{name}, pp {pp}, synchronous {synchronous}")
 
 
+@every_schedule
+def test_blocks_that_are_computed_again_have_the_same_bits(name, comm):
+    """Under every schedule, those that split the backward pass too."""
+    expected = alone(configuration())
+    found = parallel(configuration(recompute=True, **options(name, comm.size)))
+    everywhere(comm, same(expected, found), name)
+
+
 def test_stages_dealt_by_hand_have_the_same_bits(comm):
     """However the blocks lie."""
     expected = alone(configuration())

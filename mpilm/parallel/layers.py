@@ -1,0 +1,122 @@
+"""Layers: a run of somebody's list of layers, as one stage of a pipeline.
+
+    chunk = Layers(layers, stages, 1, loss, seen, dtype=torch.float32)
+    loss = chunk(inputs, targets, key, hidden)
+
+Where the list is cut must not enter the arithmetic. So between two layers, whether they share a rank or not,
+activations and their gradients are contiguous, as they come out of a message; and a layer that draws random numbers
+(dropout) draws them by the key of the slot and its own place, not from a stream that runs through whatever a rank
+happens to compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpilm.log import UserError
+from mpilm.model.recompute import again
+from mpilm.parallel.trial import Seen
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Layers(nn.Module):
+    """One stage; it takes its layers over.
+
+    Args:
+        layers: Name -> layer, all layers of the model in order; each takes a tensor and makes a tensor.
+        stages: How they are dealt to stages.
+        stage: Which of them this is.
+        loss: (output, target) -> mean over the micro-batch, a scalar.
+        seen: What each layer makes of a micro-batch (see trial.py).
+        dtype: Of weights and activations, and what floating-point inputs are made. The loss is computed in float32.
+        recompute: Keep only a layer's input; run it again in the backward pass.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], stages: Sequence[range], stage: int, loss: Loss,
+                 seen: Sequence[Seen], *, dtype: torch.dtype, recompute: bool = False) -> None:
+        super().__init__()
+        names, self.units = list(layers), stages[stage]
+        self.layers = nn.ModuleDict({names[unit]: layers[names[unit]] for unit in self.units})
+        self.losses = [loss]        # a module that is no attribute has no say in what this one's parameters are
+        self.seen, self.dtype, self.recompute = seen, dtype, recompute
+        self.shapes = [seen[units.start - 1].shape for units in stages]
+        self.last = stage == len(stages) - 1
+
+    def input_shape(self, stage: int, slot: Sequence[int]) -> tuple[int, ...]:
+        """Of what enters pipeline stage `stage`, from 1."""
+        return self.shapes[stage]
+
+    def linear_rows(self) -> Mapping[nn.Linear, tuple[int, ...]]:
+        """Those of its linear layers that are called once, by the list itself, with weights of their own."""
+        layers = list(self.layers.values())
+        used = Counter(id(tensor) for _, tensor in self.layers.named_parameters(remove_duplicate=False))
+        return {layer: self.seen[unit].shape[:-1] for unit, layer in zip(self.units, layers, strict=True)
+                if type(layer) is nn.Linear and all(tensor.requires_grad and used[id(tensor)] == 1
+                                                    for tensor in layer.parameters())}
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True,
+                         remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those that are trained, under the names they have in the whole list."""
+        for name, parameter in self.layers.named_parameters(prefix, recurse, remove_duplicate):
+            if parameter.requires_grad:
+                yield name, parameter
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, key: Tensor | None = None,
+                hidden: Tensor | None = None) -> Tensor:
+        """Loss, a float32 scalar, or activations; without targets the last stage makes the model's output.
+
+        Args:
+            inputs: A slot's inputs, [micro_batch_size, ...].
+            targets: Its targets, [micro_batch_size, ...].
+            key: int64 scalar, for random numbers; None: from wherever PyTorch takes them.
+            hidden: From the stage before; None for the first.
+        """
+        # Copies: a layer may work in place, and NumPy's memory begins anywhere, which can enter the bits of a product.
+        x = _copy(inputs, self.dtype) if hidden is None else hidden.clone()
+        for unit, layer in zip(self.units, self.layers.values(), strict=True):
+            x = _settled(self._layer(unit, layer, x, key))
+        if self.last and targets is not None:
+            x = _scalar(self.losses[0](x.float(), _copy(targets, torch.float32)))
+        return x if x.requires_grad else x.requires_grad_()     # a stage with nothing to train goes backward too
+
+    def _layer(self, unit: int, layer: nn.Module, x: Tensor, key: Tensor | None) -> Tensor:
+        keyed = key is not None and self.seen[unit].draws
+
+        def run(x: Tensor) -> Tensor:
+            with torch.random.fork_rng(devices=[], enabled=keyed):
+                if keyed:
+                    torch.default_generator.manual_seed(_seed(key, unit))
+                y: Tensor = layer(x.clone() if self.recompute else x)
+            return y
+
+        return again(run, x) if self.recompute else run(x)
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, copy=True) if x.is_floating_point() else x.clone()
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    if loss.dim():
+        raise UserError(f"The loss is a tensor of shape {tuple(loss.shape)}: it must be a scalar, the mean over the "
+                        "micro-batch.")
+    return loss
+
+
+def _settled(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    if x.requires_grad:
+        x.register_hook(torch.Tensor.contiguous)
+    return x
+
+
+def _seed(key: Tensor | None, unit: int) -> int:
+    """PyTorch's CPU generator takes 32 bits of it."""
+    text = f"{None if key is None else int(key)}:{unit}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
