@@ -16,11 +16,12 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from mpi4py import MPI
 
 from mpilm import bridge
-from mpilm.comm import p2p
+from mpilm.comm import arrays, p2p
 from mpilm.parallel.routes import Message
 from mpilm.parallel.schedules import Kind
 
@@ -42,7 +43,7 @@ class Messages:
         self.ledger = p2p.Ledger()
         self.wait_s = 0.0
         self._coming: deque[tuple[Message, tuple[int, ...]]] = deque()
-        self._posted: deque[tuple[Message, MPI.Request, torch.Tensor]] = deque()
+        self._posted: deque[tuple[Message, list[MPI.Request], torch.Tensor]] = deque()
 
     def expect(self, messages: Iterable[tuple[Message, tuple[int, ...]]]) -> None:
         """Get ready to receive these, in this order, each with the shape of its tensor."""
@@ -56,16 +57,16 @@ class Messages:
             kind, stage, _ = key
             sender = stage - 1 if kind is Kind.FORWARD else stage + 1
             tensor = torch.empty(shape, dtype=self.dtype)
-            request = self.ledger.receive(self.comm, bridge.array(tensor), source=sender % self.comm.size,
-                                          tag=_tag(kind, stage))
-            self._posted.append((key, request, tensor))
+            requests = [self.ledger.receive(self.comm, piece, source=sender % self.comm.size, tag=_tag(kind, stage))
+                        for piece in _pieces(tensor)]
+            self._posted.append((key, requests, tensor))
 
     def receive(self, key: Message) -> torch.Tensor:
         """The message `key`, which must be the next of those expected. Waits for it."""
-        expected, request, tensor = self._posted.popleft()
+        expected, requests, tensor = self._posted.popleft()
         assert expected == key, f"{key} was wanted before {expected}"
         started = time.perf_counter()
-        p2p.wait([request])
+        p2p.wait(requests)
         self.wait_s += time.perf_counter() - started
         self.ledger.reap()
         self._post()
@@ -75,14 +76,20 @@ class Messages:
         """Start to send `tensor`; it must not change afterwards."""
         kind, stage, _ = key
         self.ledger.reap()
-        self.ledger.send(self.comm, bridge.array(tensor.detach().contiguous()), dest=stage % self.comm.size,
-                         tag=_tag(kind, stage))
+        for piece in _pieces(tensor.detach().contiguous()):
+            self.ledger.send(self.comm, piece, dest=stage % self.comm.size, tag=_tag(kind, stage))
 
     def finish(self) -> None:
         """Return when everything sent has been received."""
         started = time.perf_counter()
         self.ledger.wait()
         self.wait_s += time.perf_counter() - started
+
+
+def _pieces(tensor: torch.Tensor) -> list[np.ndarray]:
+    """A tensor's memory in messages of at most MESSAGE_BYTES; both ends cut it alike, and pieces come in order."""
+    flat = bridge.array(tensor.view(-1))
+    return [flat[cut] for cut in arrays.chunks(0, len(flat), arrays.MESSAGE_BYTES // flat.itemsize)]
 
 
 def _tag(kind: Kind, stage: int) -> int:

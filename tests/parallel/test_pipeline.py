@@ -8,6 +8,7 @@ import torch
 
 from mpilm import assemble
 from mpilm.arithmetic import Arithmetic
+from mpilm.comm import arrays
 from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.parallel import schedules
@@ -56,6 +57,17 @@ def test_stages_dealt_by_hand_have_the_same_bits(comm):
     expected = alone(configuration())
     split = ",".join(["2", *["0"] * (comm.size - 1)]) if comm.size <= 2 else "0," * (comm.size - 3) + "1,1,0"
     everywhere(comm, same(expected, parallel(configuration(pp=comm.size, split=split))), split)
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_longer_than_a_message_have_the_same_bits(precision, comm, monkeypatch):
+    """They go in pieces, of which the last is shorter."""
+    expected = alone(configuration(), precision=precision)
+    monkeypatch.setattr(arrays, "MESSAGE_BYTES", 600)
+    for synchronous in (False, True):
+        found = parallel(configuration(pp=comm.size), precision=precision, synchronous=synchronous)
+        everywhere(comm, same(expected, found), f"synchronous {synchronous}")
 
 
 @pytest.mark.ranks(min=2)
