@@ -21,10 +21,12 @@ class Int8(Codec):
     """1 byte a value and 4 for every 256."""
 
     def chunk_size(self, count: int) -> int:
+        """As Codec."""
         # Levels are padded to a multiple of 4, so that the next chunk's scales begin where a float32 may.
         return 4 * -(-count // BLOCK) + -(-count // 4) * 4
 
     def encode_chunk(self, values: Tensor, data: Tensor) -> None:
+        """As Codec."""
         scales, levels = _split(data, values.numel())
         for blocks, scale, level in _runs(values, scales, levels):
             high = blocks.abs().amax(1)
@@ -34,6 +36,7 @@ class Int8(Codec):
             level.copy_(torch.mul(blocks, inverse[:, None]).round_())
 
     def decode_chunk(self, data: Tensor, values: Tensor) -> None:
+        """As Codec."""
         scales, levels = _split(data, values.numel())
         for blocks, scale, level in _runs(values, scales, levels):
             torch.mul(level, scale[:, None], out=blocks)

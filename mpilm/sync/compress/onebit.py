@@ -20,9 +20,11 @@ class Onebit(Codec):
     """1 bit a value and 8 bytes for every 1,024."""
 
     def chunk_size(self, count: int) -> int:
+        """As Codec."""
         return 8 * -(-count // BLOCK) + -(-count // 32) * 4
 
     def encode_chunk(self, values: Tensor, data: Tensor) -> None:
+        """As Codec."""
         means, signs = _split(data, values.numel())
         blocks = _blocks(values)
         above = blocks > 0
@@ -35,6 +37,7 @@ class Onebit(Codec):
         signs.numpy()[:packed.size] = packed
 
     def decode_chunk(self, data: Tensor, values: Tensor) -> None:
+        """As Codec."""
         means, signs = _split(data, values.numel())
         above = _blocks(torch.from_numpy(np.unpackbits(signs.numpy(), count=values.numel())))
         step = means[:, :1] - means[:, 1:]

@@ -19,15 +19,18 @@ class Topk(Codec):
     """6 bytes for every value that is sent."""
 
     def chunk_size(self, count: int) -> int:
+        """As Codec."""
         return 6 * _kept(count) + 2 * (_kept(count) % 2)   # padded: the next chunk begins where a float32 may
 
     def encode_chunk(self, values: Tensor, data: Tensor) -> None:
+        """As Codec."""
         kept, places = _split(data, values.numel())
         chosen = values.abs().topk(len(kept), sorted=False).indices
         kept.copy_(values[chosen])
         places.copy_(chosen)
 
     def decode_chunk(self, data: Tensor, values: Tensor) -> None:
+        """As Codec."""
         kept, places = _split(data, values.numel())
         values.zero_()
         values[places.long()] = kept
