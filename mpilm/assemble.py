@@ -132,7 +132,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     layout.check(config, shape, world.size)
     parallel = config.parallel
     pp, cp, tp = parallel.pp, parallel.cp, parallel.tp
-    mesh = Mesh.build(world.dup("workers"), dp=world.size // (pp * cp * tp), pp=pp, cp=cp, tp=tp)
+    mesh = world.owns(Mesh.build(world.comm, dp=world.size // (pp * cp * tp), pp=pp, cp=cp, tp=tp))
     runs = layout.slots(config, mesh.dp.size, reproducible=decision.reproducible)
     slots = runs[mesh.dp.rank]
     parts = [GPT(shape, units) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
@@ -154,10 +154,10 @@ def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, 
     """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
     matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
     synchronizer: Allreduce = sync.get(config.sync.kind)(
-        parameters, matrices, _collective(config, mesh, parameters.values(), update), mesh.parts, _worker(world, mesh),
-        states=update.STATES, num_slots=num_slots, dtype=dtype,
+        parameters, matrices, _collective(config, world, mesh, parameters.values(), update), mesh.parts,
+        _worker(world, mesh), states=update.STATES, num_slots=num_slots, dtype=dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible)
-    return synchronizer
+    return world.owns(synchronizer)
 
 
 def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:
@@ -169,13 +169,14 @@ def _describe(mesh: Mesh) -> dict[str, int]:
     return {axis: getattr(mesh, axis).size for axis in AXES}
 
 
-def _collective(config: Config, mesh: Mesh, parameters: Iterable[torch.nn.Parameter], update: Update) -> Collective:
-    node, codec = Node.build(mesh.replicas), compress.get(config.sync.compress)
+def _collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter],
+                update: Update) -> Collective:
+    node, codec = world.owns(Node.build(mesh.replicas)), compress.get(config.sync.compress)
     plain = choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
                          count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
                          shared_bytes=_shared_bytes(mesh, node, parameters))
-    return plain if config.sync.compress == "none" else Compressed(
-        codec(), plain, warmup=config.sync.compress_warmup, applied=lambda: update.applied)
+    return world.owns(plain if config.sync.compress == "none" else Compressed(
+        codec(), plain, warmup=config.sync.compress_warmup, applied=lambda: update.applied))
 
 
 def _shared_bytes(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Parameter]) -> int:

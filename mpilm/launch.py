@@ -17,10 +17,10 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mpilm import log, placement, startup
 from mpilm.failure import Guard, RankError, agree, on_root
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["RankError", "World", "agree", "command", "on_root", "session"]
+
+
+class Freed(Protocol):
+    """What holds communicators and gives them back."""
+
+    def free(self) -> None:
+        """Collective over the ranks that hold it."""
+
+
+Owned = TypeVar("Owned", bound=Freed)
 
 
 @dataclass(frozen=True)
@@ -61,14 +71,20 @@ class World:
     cores: tuple[int, ...]
     memory: int
     thread_level: int
-    _duplicates: list[MPI.Comm] = field(default_factory=list, repr=False, compare=False)
+    _owned: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
     def dup(self, purpose: str) -> MPI.Comm:
         """A communicator of its own for one purpose; freed with the session. Collective over the world."""
         duplicate = self.comm.Dup()
         duplicate.Set_name(purpose)
-        self._duplicates.append(duplicate)
+        self._owned.callback(duplicate.Free)
         return duplicate
+
+    def owns(self, thing: Owned) -> Owned:
+        """Free `thing` with the session: an MPI has few communicators (MPICH 2,048) and a process may have many
+        sessions. Returns it."""
+        self._owned.callback(thing.free)
+        return thing
 
     def table(self) -> str:
         """The placement table on rank 0, empty elsewhere. Collective over the world."""
@@ -76,9 +92,18 @@ class World:
         places = self.comm.gather(place)
         return placement.table(places) if places is not None else ""
 
-    def _free(self) -> None:
-        for duplicate in [*reversed(self._duplicates), self.comm]:
-            duplicate.Free()
+    def alone(self) -> World:
+        """This rank as a world of one, which ends with this one: each rank for itself."""
+        from mpi4py import MPI
+
+        comm: MPI.Comm = MPI.COMM_SELF.Dup()
+        one = replace(self, comm=comm, rank=0, size=1, local_rank=0, local_size=1, _owned=ExitStack())
+        return self.owns(one)
+
+    def free(self) -> None:
+        """Give back all that it owns, the youngest first. Collective over the world."""
+        self._owned.close()
+        self.comm.Free()
 
 
 def command(main: Callable[[], None]) -> None:
@@ -105,9 +130,13 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
     """
     if _mpi_is_running():
         world = _arrive("cpu")
-        _greet(world, run_dir)
-        yield world
-        world._free()
+        try:
+            _greet(world, run_dir)
+            yield world
+        except UserError:  # is raised on all ranks
+            world.free()
+            raise
+        world.free()
         return
     startup.tune_malloc()
     startup.allow_open_files()

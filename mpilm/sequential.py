@@ -82,7 +82,7 @@ class Model:
         self.dtype = _dtype(config)
         self.size = config.data.micro_batch_size
         deal.check(config, len(layers), world.size)
-        self.mesh = Mesh.build(world.dup("hybrid"), dp=world.size // pp, pp=pp)
+        self.mesh = world.owns(Mesh.build(world.comm, dp=world.size // pp, pp=pp))
         runs = layout.slots(config, self.mesh.dp.size, reproducible=reproducible)
         self.slots = runs[self.mesh.dp.rank]
         first = _micro_batch(self.inputs, self.size)

@@ -49,6 +49,7 @@ atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
 os.environ["PYTEST_DEBUG_TEMPROOT"] = TEMPORARY
 WORLD = MPI.COMM_WORLD
 BALLOTS = WORLD.Dup()  # never matches a test's own messages
+SPARE = 1900  # communicators that MPICH can still make after all tests
 GRACE_S = float(os.environ.get("MPILM_TEST_GRACE_S", "15"))
 STDERR, COMM, DIRECTORY = pytest.StashKey[int](), pytest.StashKey[MPI.Comm](), pytest.StashKey[Path]()
 
@@ -154,9 +155,25 @@ def _culprits(ballots: list[tuple[str, str]]) -> str:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """The exit code of every rank is the highest of all."""
+    """The exit code of every rank is the highest of all; leftovers count as a failed test."""
+    if exitstatus == pytest.ExitCode.OK and (leftovers := _leftovers()):
+        os.write(session.config.stash[STDERR], f"\n[rank {WORLD.rank}] {leftovers}\n".encode())
+        exitstatus = pytest.ExitCode.TESTS_FAILED
     stopped = exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
     session.exitstatus = max(_vote(session.config, int(exitstatus), failed=stopped))
+
+
+def _leftovers() -> str:
+    """What tests did not give back: MPICH, which has 2,048 communicators, must have most of them at the end."""
+    duplicates: list[MPI.Comm] = []
+    try:
+        duplicates.extend(WORLD.Dup() for _ in range(SPARE))
+    except MPI.Exception:
+        return f"tests left more than {2048 - SPARE} communicators behind; World.owns and World.dup give them back"
+    finally:
+        for duplicate in duplicates:
+            duplicate.Free()
+    return ""
 
 
 def _vote(config: pytest.Config, ballot: Any, *, failed: bool) -> list[Any]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from mpi4py import MPI
 from torch import nn
 
 from mpilm import hybrid, sequential
@@ -63,8 +61,7 @@ def everyone(layers, config, **options):
 def alone(layers, config, **options):
     """The same on one rank: each rank for itself."""
     with session() as world:
-        one = dataclasses.replace(world, comm=MPI.COMM_SELF.Dup(), rank=0, size=1, _duplicates=[])
-        yield sequential.build(layers, nn.functional.cross_entropy, *examples(), config, one, **options)
+        yield sequential.build(layers, nn.functional.cross_entropy, *examples(), config, world.alone(), **options)
 
 
 def course(model):

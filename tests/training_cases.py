@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
-from mpi4py import MPI
 
 from mpilm import assemble
 from mpilm.arithmetic import Arithmetic
@@ -42,8 +39,7 @@ def parallel(config, *, precision="fp32", synchronous=False):
 def alone(config, *, precision="fp32"):
     """The same steps on one rank: each rank does them for itself."""
     with session() as world:
-        one = dataclasses.replace(world, comm=MPI.COMM_SELF.Dup(), rank=0, size=1, _duplicates=[])
-        return train(config, one, precision=precision)
+        return train(config, world.alone(), precision=precision)
 
 
 def train(config, world, *, precision, synchronous=False):

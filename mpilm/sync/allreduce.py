@@ -147,3 +147,7 @@ class Allreduce:
     def runs(self, part: int, parts: int) -> list[tuple[str, str, int, np.ndarray]]:
         """Share number `part` of everything a resume needs; the `parts` shares cover it exactly once."""
         return [run for bucket in self.buckets for run in bucket.runs(part, parts)]
+
+    def free(self) -> None:
+        """Give the communicators back. Collective over the collective's communicator."""
+        self.owners.free()
