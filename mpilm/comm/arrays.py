@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 DTYPES = tuple(np.dtype(name) for name in ("float32", "float64", "int64"))
+MOVED = (*DTYPES, np.dtype(np.uint16))  # what is sent without being summed: bfloat16 comes as the bits of a uint16
 ALIGNMENT = 64  # bytes: a cache line and the widest vector register
 MESSAGE_BYTES = 256 * 2**20  # no message is longer: MPI counts are 32-bit in many libraries
 
@@ -31,7 +32,7 @@ def chunks(low: int, high: int, length: int) -> Iterator[slice]:
         yield slice(start, min(start + length, high))
 
 
-def code(array: np.ndarray) -> int:
-    """The number of an array's type in DTYPES, or -1 for what a collective cannot sum in place."""
+def code(array: np.ndarray, allowed: Sequence[np.dtype] = DTYPES) -> int:
+    """The number of an array's type among those `allowed`, or -1 for what a collective cannot work on in place."""
     fits = isinstance(array, np.ndarray) and array.ndim == 1 and array.flags.c_contiguous and array.flags.writeable
-    return DTYPES.index(array.dtype) if fits and array.dtype in DTYPES else -1
+    return allowed.index(array.dtype) if fits and array.dtype in allowed else -1

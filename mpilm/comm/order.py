@@ -18,6 +18,7 @@ fixed blocks of BLOCK elements (the gradient norm) never meets half a block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from mpilm.log import UserError
@@ -40,6 +41,17 @@ def segments(count: int, size: int) -> list[slice]:
     return [slice(low, high) for low, high in pairwise(cuts)]
 
 
+def pieces(cut: Sequence[slice], length: int) -> Iterator[list[slice]]:
+    """The first `length` elements of every slice, then the next of every slice, and so on; short ones end early.
+
+    >>> list(pieces([slice(0, 3), slice(3, 5)], 2))
+    [[slice(0, 2, None), slice(3, 5, None)], [slice(2, 3, None), slice(5, 5, None)]]
+    """
+    for start in range(0, max(piece.stop - piece.start for piece in cut), length):
+        yield [slice(min(piece.start + start, piece.stop), min(piece.start + start + length, piece.stop))
+               for piece in cut]
+
+
 def even_runs(num_slots: int, size: int) -> list[range]:
     """The contiguous run of slots of each rank, as even as possible, for any number of slots: fast mode's."""
     cuts = [num_slots * rank // size for rank in range(size + 1)]
@@ -60,6 +72,18 @@ def runs(num_slots: int, size: int) -> list[range]:
             "--data.micro_batch_size so that their ratio is one, or type --run.reproducible false."
         )
     return _halve(0, num_slots, size)
+
+
+def turns(num_slots: int, size: int) -> list[range]:
+    """Slots dealt to ranks in turns: rank r has r, r + size, ... The k-th slots of all ranks are neighbours.
+
+    For a power of two of ranks they are a whole subtree of the tree over slots, so ranks can be summed before slots.
+
+    Raises:
+        UserError: As `runs`.
+    """
+    runs(num_slots, size)
+    return [range(rank, num_slots, size) for rank in range(size)]
 
 
 def _halve(low: int, high: int, ranks: int) -> list[range]:

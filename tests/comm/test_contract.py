@@ -67,6 +67,50 @@ def test_reduce_leaves_the_sum_with_its_owners(collective: Collective, count: in
     everywhere(comm, cases.close(buffer[own], cases.expected(comm.size, count, dtype)[own], comm.size), "my segment")
 
 
+@settings(max_examples=15)
+@given(count=st.integers(0, 200_000), dtype=st.sampled_from(cases.DTYPES), ours=st.booleans())
+@example(count=0, dtype="float32", ours=True)
+@example(count=2, dtype="int64", ours=False)
+@example(count=1_500_001, dtype="float32", ours=False)
+@example(count=5_000_001, dtype="float32", ours=True)
+def test_reduce_scatter_leaves_everyone_a_segment(
+    collective: Collective, count: int, dtype: str, ours: bool
+) -> None:
+    comm = collective.comm
+    buffer = collective.allocate(count, dtype) if ours else np.empty(count, dtype)
+    buffer[:] = cases.values(comm.rank, count, dtype)
+    collective.reduce_scatter(buffer)
+    own = order.segments(count, comm.size)[comm.rank]
+    everywhere(comm, cases.close(buffer[own], cases.expected(comm.size, count, dtype)[own], comm.size), "my segment")
+
+
+@settings(max_examples=15)
+@given(count=st.integers(0, 200_000), dtype=st.sampled_from((*cases.DTYPES, "uint16")), common=st.booleans())
+@example(count=0, dtype="uint16", common=True)
+@example(count=2, dtype="int64", common=False)
+@example(count=5_000_001, dtype="uint16", common=False)
+@example(count=5_000_001, dtype="float32", common=True)
+def test_allgather_puts_every_segment_in_its_place(
+    collective: Collective, count: int, dtype: str, common: bool
+) -> None:
+    comm = collective.comm
+    whole = (np.arange(count) % 60_013).astype(dtype)
+    buffer = collective.allocate_common(count, dtype) if common else np.zeros(count, dtype)
+    own = order.segments(count, comm.size)[comm.rank]
+    buffer[own] = whole[own]
+    collective.allgather(buffer)
+    everywhere(comm, (buffer == whole).all(), "everything")
+
+
+def test_common_memory_is_one_for_all_owners(collective: Collective) -> None:
+    owners = collective.owners
+    buffer = collective.allocate_common(owners.size, np.float32)
+    owners.Barrier()
+    buffer[owners.rank] = 1 + owners.rank
+    owners.Barrier()
+    everywhere(collective.comm, (buffer == np.arange(1, owners.size + 1)).all())
+
+
 def test_allocates_zeroed_aligned_memory(collective: Collective) -> None:
     for count in (0, 1, 1000):
         buffer = collective.allocate(count, np.float32)
@@ -103,7 +147,7 @@ def test_one_rank_with_a_wrong_type_is_an_error_on_all(collective: Collective, w
 
 
 @pytest.mark.ranks(min=2)
-@pytest.mark.parametrize("method", ["allreduce", "reduce"])
+@pytest.mark.parametrize("method", ["allreduce", "reduce", "reduce_scatter", "allgather"])
 @pytest.mark.parametrize("ours", [True, False])
 def test_lengths_that_differ_are_an_error_not_a_hang(
     collective: Collective, method: str, ours: bool, watch: Watch
@@ -132,10 +176,16 @@ def test_reproducible_means_tree_order(collective: Collective) -> None:
         return
     fixed = type(collective)(comm, collective.node, reproducible=True)
     for count, dtype in ((7, "float32"), (100_003, "float32"), (50_001, "float64")):
+        expected = cases.in_tree_order(comm.size, count, dtype)
         for buffer in (fixed.allocate(count, dtype), np.empty(count, dtype)):
             buffer[:] = cases.values(comm.rank, count, dtype)
             fixed.allreduce(buffer)
-            everywhere(comm, (buffer == cases.in_tree_order(comm.size, count, dtype)).all(), f"{count} x {dtype}")
+            everywhere(comm, (buffer == expected).all(), f"{count} x {dtype}")
+            buffer[:] = cases.values(comm.rank, count, dtype)
+            comm.Barrier()
+            fixed.reduce_scatter(buffer)
+            own = order.segments(count, comm.size)[comm.rank]
+            everywhere(comm, (buffer[own] == expected[own]).all(), f"segment of {count} x {dtype}")
     fixed.free()
 
 

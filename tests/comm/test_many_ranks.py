@@ -15,7 +15,7 @@ PROGRAM = """
 import sys
 import numpy as np
 from mpi4py import MPI
-from mpilm.comm import collectives
+from mpilm.comm import collectives, order
 from mpilm.comm.node import Node
 from tests.comm import cases
 from tests.helpers import everywhere, same_everywhere
@@ -34,6 +34,18 @@ for ranks_per_node in (0, 3):
                     same_everywhere(comm, buffer)
                     ordered = cases.in_tree_order(comm.size, count, dtype)
                     everywhere(comm, not reproducible or (buffer == ordered).all(), f"{name} {count}: order")
+                    buffer[:] = cases.values(comm.rank, count, dtype)
+                    comm.Barrier()
+                    collective.reduce_scatter(buffer)
+                    own = order.segments(count, comm.size)[comm.rank]
+                    everywhere(comm, cases.close(buffer[own], wanted[own], comm.size), f"{name} {count}: mine")
+                    everywhere(comm, not reproducible or (buffer[own] == ordered[own]).all(), f"{name} {count}: order")
+                for buffer in (collective.allocate_common(count, dtype), np.zeros(count, dtype)):
+                    buffer[own] = 1 + comm.rank
+                    collective.allgather(buffer)
+                    whole = [np.full(cut.stop - cut.start, 1 + rank, dtype)
+                             for rank, cut in enumerate(order.segments(count, comm.size))]
+                    everywhere(comm, (buffer == np.concatenate(whole)).all(), f"{name} {count}: gathered")
 print("summed", flush=True)
 """
 

@@ -87,3 +87,22 @@ def test_nodes_make_the_same_tree(size: int, ranks_per_node: int) -> None:
     assert [rank for leaf in leaves for rank in leaf] == list(range(size))
     sums = [by_definition(leaf.start, leaf.stop) for leaf in leaves]
     assert written(order.tree_of(size, leaves), sums) == by_definition(0, size)
+
+
+def test_turns_of_a_power_of_two_of_ranks_are_subtrees():
+    """The k-th slots of all ranks are neighbours, and every slot is dealt once."""
+    dealt = order.turns(8, 4)
+    assert [list(mine) for mine in dealt] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert order.partials(8, 0, 4) == [range(4)]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 9))
+def test_pieces_cover_every_slice_once(lengths, length):
+    """In order, and none is longer than asked for."""
+    ends = [sum(lengths[:number + 1]) for number in range(len(lengths))]
+    cut = [slice(end - count, end) for end, count in zip(ends, lengths, strict=True)]
+    found = list(order.pieces(cut, length))
+    for place, whole in enumerate(cut):
+        elements = [element for piece in found for element in range(piece[place].start, piece[place].stop)]
+        assert elements == list(range(whole.start, whole.stop))
+        assert all(piece[place].stop - piece[place].start <= length for piece in found)

@@ -41,6 +41,18 @@ def test_tree_sums_in_tree_order(size: int, length: int) -> None:
         np.testing.assert_array_equal(held, expected[0])
 
 
+@pytest.mark.parametrize("length", [0, 1, 3, 8, 100, 3 * order.BLOCK + 1])
+@pytest.mark.parametrize("size", range(1, 9))
+def test_the_phases_of_a_ring(size: int, length: int) -> None:
+    values = [np.arange(length) * 10**rank for rank in range(size)]
+    cut = order.segments(length, size)
+    scattered = play([ring.scatter_stages(cut, rank) for rank in range(size)], values)
+    for held, own in zip(scattered, cut, strict=True):
+        np.testing.assert_array_equal(held[own], sum(values)[own])
+    for held in play([ring.gather_stages(cut, rank) for rank in range(size)], scattered):
+        np.testing.assert_array_equal(held, sum(values))
+
+
 @pytest.mark.parametrize("size", range(2, 9))
 def test_a_ring_sends_the_least_there_is(size: int) -> None:
     length = size * order.BLOCK

@@ -40,6 +40,18 @@ def test_over_nodes(comm: MPI.Comm, ranks_per_node: int, reproducible: bool, dty
             shared.reduce(buffer)
             own = order.segments(count, shared.owners.size)[shared.owners.rank]
             everywhere(comm, cases.close(buffer[own], total[own], comm.size), f"owned segment, {count}")
+            buffer[:] = mine
+            comm.Barrier()
+            shared.reduce_scatter(buffer)
+            own = order.segments(count, comm.size)[comm.rank]
+            everywhere(comm, cases.close(buffer[own], total[own], comm.size), f"my segment, {count}")
+            if reproducible:
+                ordered = cases.in_tree_order(comm.size, count, dtype)[own]
+                everywhere(comm, (buffer[own] == ordered).all(), f"bits of my segment, {count}")
+        for buffer in (shared.allocate_common(count, dtype), np.zeros(count, dtype)):
+            buffer[own] = np.arange(count)[own]
+            shared.allgather(buffer)
+            everywhere(comm, (buffer == np.arange(count).astype(dtype)).all(), f"gathered, {count}")
     shared.free()
     node.free()
 

@@ -1,4 +1,5 @@
-"""Sums between nodes in tree order: each peer gathers one part of everyone's values, adds, and hands it round.
+"""Sums in tree order by messages from everyone to everyone, between nodes and elsewhere: each peer gathers one part of
+everyone's values, adds, and hands it round.
 
     values      every node brings the sums of its own subtrees (one, when its ranks are a whole subtree)
     stage 1     my part of every node's values comes to me: size-1 messages each way
@@ -11,16 +12,16 @@ of nodes. The messages are size-1 instead of one at a time, which the few hundre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from mpi4py import MPI
 
-from mpilm.comm import order, p2p
+from mpilm.comm import arrays, order, p2p
 
 
 class Across:
-    """Sums over one rank of every node.
+    """Sums over one rank of every node; `over` is the same for nodes of one rank each.
 
     Args:
         peers: One rank of every node, in the order of the nodes.
@@ -33,6 +34,11 @@ class Across:
         self.owner = [index for index, mine in enumerate(leaves) for _ in mine]
         self.steps = order.tree_of(size, [leaf for mine in leaves for leaf in mine])
 
+    @classmethod
+    def over(cls, comm: MPI.Comm) -> Across:
+        """Every rank of `comm` has one value; they are summed in the order of order.tree."""
+        return cls(comm, [[range(rank, rank + 1)] for rank in range(comm.size)], comm.size)
+
     def sum(self, values: Sequence[np.ndarray], out: np.ndarray) -> None:
         """Put the sum over all nodes into `out`, which may be one of `values`. Collective over `peers`.
 
@@ -41,15 +47,23 @@ class Across:
             out: As long as they are.
         """
         cut = order.segments(len(out), self.peers.size)
-        mine = cut[self.peers.rank]
+        self.scatter(values, cut, out)
+        self.spread(out, [cut])
+
+    def scatter(self, values: Sequence[np.ndarray], cut: Sequence[slice], out: np.ndarray) -> None:
+        """Stage 1 alone: out[cut[r]] becomes the sum on peer r. Collective over `peers`."""
         total = self._gather(values, cut)
         for into, other in self.steps:
             np.add(total[into], total[other], out=total[into])
-        out[mine] = total[0]
+        out[cut[self.peers.rank]] = total[0]
+
+    def spread(self, out: np.ndarray, cuts: Iterable[Sequence[slice]]) -> None:
+        """Stage 2 alone: out[cut[r]] of peer r goes to everyone, for every cut. Collective over `peers`."""
         ledger = p2p.Ledger()
-        for rank in self._others():
-            ledger.receive(self.peers, out[cut[rank]], source=rank, tag=p2p.TAG_ACROSS)
-            ledger.send(self.peers, out[mine], dest=rank, tag=p2p.TAG_ACROSS)
+        for cut in cuts:
+            for rank in self._others():
+                ledger.receive(self.peers, out[cut[rank]], source=rank, tag=p2p.TAG_ACROSS)
+                ledger.send(self.peers, out[cut[self.peers.rank]], dest=rank, tag=p2p.TAG_ACROSS)
         ledger.wait()
 
     def _gather(self, values: Sequence[np.ndarray], cut: Sequence[slice]) -> list[np.ndarray]:
@@ -71,3 +85,31 @@ class Across:
     def _others(self) -> list[int]:
         """The other peers, beginning after me, so that not everyone starts with the same one."""
         return [(self.peers.rank + step) % self.peers.size for step in range(1, self.peers.size)]
+
+
+class SwapNodes:
+    """Hands segments round between nodes whose ranks share one buffer: each comes to every other node once.
+
+    Args:
+        comm: All ranks.
+        members: For every node, its ranks.
+    """
+
+    def __init__(self, comm: MPI.Comm, members: Sequence[Sequence[int]]) -> None:
+        self.comm = comm
+        here = next(ranks for ranks in members if comm.rank in ranks)
+        mine = here.index(comm.rank)
+        others = [ranks for ranks in members if ranks is not here]
+        self.to = [ranks[mine % len(ranks)] for ranks in others]
+        self.of = [rank for ranks in others for place, rank in enumerate(ranks) if place % len(here) == mine]
+
+    def run(self, buffer: np.ndarray) -> None:
+        """Put every node's segments of `buffer` in their places on the others. Collective over `comm`."""
+        cut = order.segments(len(buffer), self.comm.size)
+        ledger = p2p.Ledger()
+        for piece in order.pieces(cut, arrays.MESSAGE_BYTES // buffer.itemsize):
+            for rank in self.of:
+                ledger.receive(self.comm, buffer[piece[rank]], source=rank, tag=p2p.TAG_ACROSS)
+            for rank in self.to:
+                ledger.send(self.comm, buffer[piece[self.comm.rank]], dest=rank, tag=p2p.TAG_ACROSS)
+        ledger.wait()

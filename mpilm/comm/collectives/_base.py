@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpilm.comm import arrays, p2p
+from mpilm.comm import arrays, order, p2p
+from mpilm.comm.collectives._across import Across
 from mpilm.comm.node import Node
 from mpilm.log import UserError
+
+
+PIECE_BYTES = 4 * 2**20  # of every segment, summed at a time where everyone sends to everyone
 
 
 class Collective(ABC):
@@ -40,11 +45,16 @@ class Collective(ABC):
         self.comm = comm.Dup()
         self.node = node
         self.owners: MPI.Comm = MPI.COMM_SELF
+        self._everyone_to_everyone = Across.over(self.comm)
         self._mine = np.zeros(3, np.int64)
         self._everyone = np.zeros((comm.size, 3), np.int64)
 
     def allocate(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
         """A zeroed 1-D buffer where this collective wants gradients to live."""
+        return arrays.zeros(count, dtype)
+
+    def allocate_common(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
+        """A zeroed 1-D buffer for allgather: the same memory on all ranks of `owners`."""
         return arrays.zeros(count, dtype)
 
     @abstractmethod
@@ -63,11 +73,32 @@ class Collective(ABC):
         """As allreduce, but only order.segments(count, owners.size)[owners.rank] of `buffer` is then of use."""
         self.allreduce(buffer)
 
+    def reduce_scatter(self, buffer: np.ndarray) -> None:
+        """As allreduce, but only order.segments(count, comm.size)[comm.rank] of `buffer` is then of use."""
+        self.check(buffer)
+        cut = order.segments(len(buffer), self.comm.size)
+        for piece in order.pieces(cut, PIECE_BYTES // buffer.itemsize):
+            self._everyone_to_everyone.scatter([buffer], piece, buffer)
+
+    def allgather(self, buffer: np.ndarray) -> None:
+        """Put everyone's order.segments(count, comm.size)[rank] of `buffer` in its place on all ranks.
+
+        Args:
+            buffer: As for allreduce, or uint16. From allocate_common: all its owners may have written their segments
+                without a barrier, and nobody touches it until this returns.
+
+        Raises:
+            TypeError, ValueError: As allreduce.
+        """
+        self.check(buffer, allowed=arrays.MOVED)
+        cut = order.segments(len(buffer), self.comm.size)
+        self._everyone_to_everyone.spread(buffer, order.pieces(cut, arrays.MESSAGE_BYTES // buffer.itemsize))
+
     def free(self) -> None:
         """Give the communicator back. Collective over `comm`."""
         self.comm.Free()
 
-    def check(self, buffer: np.ndarray, where: int = 0) -> bool:
+    def check(self, buffer: np.ndarray, where: int = 0, *, allowed: Sequence[np.dtype] = arrays.DTYPES) -> bool:
         """Compare type and length of everyone's buffer. Nobody returns before everyone has come.
 
         Returns:
@@ -77,21 +108,21 @@ class Collective(ABC):
             TypeError, ValueError: As allreduce, and on all ranks.
         """
         mine, everyone = self._mine, self._everyone
-        mine[:] = arrays.code(buffer), np.size(buffer), where
+        mine[:] = arrays.code(buffer, allowed), np.size(buffer), where
         p2p.wait([self.comm.Iallgather(mine, everyone)])
         if mine[0] >= 0 and everyone.tobytes() == mine.tobytes() * self.comm.size:  # the quickest way to compare
             return True
         if mine[0] < 0 or (everyone[:, :2] != mine[:2]).any():
-            _refuse(everyone, buffer)
+            _refuse(everyone, buffer, allowed)
         return False
 
 
-def _refuse(everyone: np.ndarray, buffer: np.ndarray) -> None:
+def _refuse(everyone: np.ndarray, buffer: np.ndarray, allowed: Sequence[np.dtype]) -> None:
     """Say which ranks differ, in words."""
-    allowed = ", ".join(str(dtype) for dtype in arrays.DTYPES)
-    if arrays.code(buffer) < 0:
+    if arrays.code(buffer, allowed) < 0:
         given = f"{getattr(buffer, 'ndim', '?')}-D {getattr(buffer, 'dtype', type(buffer).__name__)}"
-        raise TypeError(f"An allreduce takes a contiguous, writable 1-D array of {allowed}; this is {given}.")
-    kinds = [str(arrays.DTYPES[kind]) if kind >= 0 else "unusable" for kind in everyone[:, 0]]
+        raise TypeError(f"A collective takes a contiguous, writable 1-D array of {', '.join(map(str, allowed))}; "
+                        f"this is {given}.")
+    kinds = [str(allowed[kind]) if kind >= 0 else "unusable" for kind in everyone[:, 0]]
     seen = [f"rank {rank}: {row[1]} x {kind}" for rank, (row, kind) in enumerate(zip(everyone, kinds, strict=True))]
-    raise ValueError(f"The ranks gave buffers that differ to one allreduce: {'; '.join(seen)}.")
+    raise ValueError(f"The ranks gave buffers that differ to one collective: {'; '.join(seen)}.")

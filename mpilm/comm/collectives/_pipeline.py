@@ -12,7 +12,7 @@ there the fewest messages are the fastest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -56,8 +56,14 @@ class Pipeline:
 
     def run(self, buffer: np.ndarray) -> None:
         """Take every block of a 1-D buffer through all its stages. Collective over `comm`."""
+        length = max(1, len(buffer)) if buffer.nbytes <= WHOLE_BYTES else self.block_bytes // buffer.itemsize
+        blocks = [buffer[cut] for cut in arrays.chunks(0, len(buffer), length)]
+        self.play([(block, self._stages(len(block))) for block in blocks])
+
+    def play(self, blocks: Sequence[tuple[np.ndarray, Sequence[Stage]]]) -> None:
+        """Take blocks, each an array object of its own, through as many stages each. Collective over `comm`."""
         before: _Exchange | None = None
-        for turn, (block, stage) in enumerate(self._items(buffer)):
+        for turn, (block, stage) in enumerate(_items(blocks)):
             if before and before.block is block:
                 before.finish()
                 before = None
@@ -67,16 +73,6 @@ class Pipeline:
             before = exchange
         if before:
             before.finish()
-
-    def _items(self, buffer: np.ndarray) -> Iterator[tuple[np.ndarray, Stage]]:
-        """All stages of all blocks, those of blocks 0 and 1 in turns, then those of 2 and 3, ..."""
-        length = max(1, len(buffer)) if buffer.nbytes <= WHOLE_BYTES else self.block_bytes // buffer.itemsize
-        blocks = [buffer[cut] for cut in arrays.chunks(0, len(buffer), length)]
-        for first in range(0, len(blocks), 2):
-            pair = [(block, self._stages(len(block))) for block in blocks[first : first + 2]]
-            for number in range(len(pair[0][1])):
-                for block, stages in pair:
-                    yield block, stages[number]
 
     def _start(self, block: np.ndarray, stage: Stage, parity: int) -> _Exchange:
         """Post one stage's messages. What is to be added lands beside the block, the rest in place."""
@@ -91,6 +87,15 @@ class Pipeline:
         if len(self._space[parity]) < mine.nbytes:
             self._space[parity] = arrays.zeros(mine.nbytes, np.uint8)
         return self._space[parity][: mine.nbytes].view(mine.dtype)
+
+
+def _items(blocks: Sequence[tuple[np.ndarray, Sequence[Stage]]]) -> Iterator[tuple[np.ndarray, Stage]]:
+    """All stages of all blocks, those of blocks 0 and 1 in turns, then those of 2 and 3, ..."""
+    for first in range(0, len(blocks), 2):
+        pair = blocks[first : first + 2]
+        for number in range(len(pair[0][1])):
+            for block, stages in pair:
+                yield block, stages[number]
 
 
 class _Exchange(NamedTuple):

@@ -15,19 +15,24 @@ After size-1 stages rank r owns the total of segment (r+1) mod size. Every segme
 copied, so all ranks hold the same bits. A rank sends 2 (size-1)/size of the buffer in all, the least possible
 (Patarasuk and Yuan 2009). A ring of one rank has no stages.
 
+A reduce-scatter or an allgather by itself is one of these phases, over segments that lie as `order.segments` cuts them.
+
 Long buffers are cut into blocks whose segments are SEGMENT_BYTES: two of them are under way at a time (_pipeline.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from mpi4py import MPI
 
-from mpilm.comm import order, p2p
+from mpilm.comm import arrays, order, p2p
 from mpilm.comm.collectives._base import Collective
 from mpilm.comm.collectives._pipeline import Pipeline, Stage
 from mpilm.comm.node import Node
 
+Phase = Callable[[Sequence[slice], int], list[Stage]]  # (everyone's segments, rank) -> its stages
 SEGMENT_BYTES = 2**20  # measured: fewer, longer messages beat those that fit in a smaller cache
 
 
@@ -43,6 +48,22 @@ class Ring(Collective):
         self.check(buffer)
         self._pipeline.run(buffer)
 
+    def reduce_scatter(self, buffer: np.ndarray) -> None:
+        """As Collective."""
+        self.check(buffer)
+        self._play(buffer, scatter_stages)
+
+    def allgather(self, buffer: np.ndarray) -> None:
+        """As Collective."""
+        self.check(buffer, allowed=arrays.MOVED)
+        self._play(buffer, gather_stages)
+
+    def _play(self, buffer: np.ndarray, stages: Phase) -> None:
+        """One phase over all of `buffer`, SEGMENT_BYTES of every segment at a time."""
+        cut = order.segments(len(buffer), self.comm.size)
+        self._pipeline.play([(buffer[:], stages(piece, self.comm.rank))
+                             for piece in order.pieces(cut, SEGMENT_BYTES // buffer.itemsize)])
+
 
 def over(comm: MPI.Comm) -> Pipeline:
     """The ring over the ranks of `comm`."""
@@ -57,3 +78,17 @@ def stages(length: int, rank: int, size: int) -> list[Stage]:
         Stage(right, cut[(rank - turn) % size], left, cut[(rank - turn - 1) % size], add=turn < size - 1)
         for turn in range(2 * (size - 1))
     ]
+
+
+def scatter_stages(cut: Sequence[slice], rank: int) -> list[Stage]:
+    """The reduce-scatter after which `rank` has the sum of cut[rank]."""
+    size = len(cut)
+    return [Stage((rank + 1) % size, cut[(rank - turn - 1) % size], (rank - 1) % size, cut[(rank - turn - 2) % size],
+                  add=True) for turn in range(size - 1)]
+
+
+def gather_stages(cut: Sequence[slice], rank: int) -> list[Stage]:
+    """The allgather that begins with every rank's own cut[rank]."""
+    size = len(cut)
+    return [Stage((rank + 1) % size, cut[(rank - turn) % size], (rank - 1) % size, cut[(rank - turn - 1) % size],
+                  add=False) for turn in range(size - 1)]

@@ -14,15 +14,18 @@ every part:
     5. barrier: everyone's slices are complete
 
 A rank reads its slice of every part and writes it: as much memory traffic as a plain copy of the buffer. `reduce`
-leaves out 4. Nobody but rank r touches slice r between the barriers, so sums are made in place.
+leaves out 4. `reduce_scatter` differs between nodes: there a rank makes its node's sums of the segments that its peers
+own, one on every node, and sends each of them its own. Nobody but rank r touches slice r between the barriers, so sums are made in place.
 
 A buffer that `allocate` did not make goes through a scratch area of bounded size: copy in, sum, copy out, three
-chunks under way at a time. Nodes of different sizes: as many ranks of a node work as the smallest node has.
+chunks under way at a time. What is gathered may be one buffer that all ranks of a node see (`allocate_common`): its
+segments come once to every node. Nodes of different sizes: as many ranks of a node sum as the smallest node has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +33,13 @@ from mpi4py import MPI
 
 from mpilm.comm import arrays, order, p2p
 from mpilm.comm.collectives import ring
-from mpilm.comm.collectives._across import Across
+from mpilm.comm.collectives._across import Across, SwapNodes
 from mpilm.comm.collectives._base import Collective
 from mpilm.comm.collectives._local import CHUNK_BYTES, LocalSum
 from mpilm.comm.node import Node, SharedMemoryError
 from mpilm.log import UserError, warn
 
+T = TypeVar("T")
 PIECE_BYTES = 4 * 2**20  # summed between nodes at a time
 STAGE_BYTES = 512 * 2**10  # of a foreign buffer at a time; six of them fit in the last-level cache of a core or two
 
@@ -63,6 +67,7 @@ class Shared(Collective):
         self._workers = min(len(ranks) for ranks in node.members)
         self._plan(comm.size, reproducible=reproducible)
         self._allocations: list[list[np.ndarray]] = []
+        self._commons: list[np.ndarray] = []
         self._found: dict[tuple[int, int, np.dtype], tuple[list[np.ndarray], int]] = {}
         self._stages = self._agreed(3 * STAGE_BYTES, np.uint8)
 
@@ -85,6 +90,9 @@ class Shared(Collective):
         many = len(members) > 1
         self._across = Across(self._peers, leaves, size) if many and reproducible else None
         self._ring = ring.over(self._peers) if many and not reproducible else None
+        self._scatter = self._across or Across.over(self._peers) if many else None
+        self._column = self._peers.allgather(self.comm.rank)
+        self._swap = SwapNodes(self.comm, members)
 
     def allocate(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
         """My part of node-shared memory, zeroed; ordinary memory, said so, where a node cannot share so much."""
@@ -96,6 +104,16 @@ class Shared(Collective):
         self._allocations.append(parts)
         return parts[self._local.rank]
 
+    def allocate_common(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
+        """One buffer for all ranks of a node; ordinary memory, said so, where a node cannot share so much."""
+        try:
+            buffer = self._agree(lambda: self.node.allocate_common(count, dtype))
+        except SharedMemoryError as error:
+            warn(f"{error} Every rank keeps a copy of its own instead.")
+            return arrays.zeros(count, dtype)
+        self._commons.append(buffer)
+        return buffer
+
     def allreduce(self, buffer: np.ndarray) -> None:
         """As Collective."""
         self._run(buffer, everywhere=True)
@@ -104,14 +122,40 @@ class Shared(Collective):
         """As Collective; rank r of the node holds order.segments(count, node.comm.size)[r] of the sum."""
         self._run(buffer, everywhere=False)
 
+    def reduce_scatter(self, buffer: np.ndarray) -> None:
+        """As Collective. Between nodes of different sizes everyone gets everything."""
+        if self._workers != max(len(ranks) for ranks in self.node.members):
+            self.allreduce(buffer)
+            return
+        parts, where = self._find(buffer)
+        if not self.check(buffer, where) or where < 0:
+            self._through_stages(buffer)
+            return
+        self._scatter_parts(parts)
+        p2p.barrier(self._local)
+
+    def allgather(self, buffer: np.ndarray) -> None:
+        """As Collective; only between the nodes for a buffer that all ranks of a node see."""
+        if not self._is_common(buffer):
+            super().allgather(buffer)
+            return
+        self.check(buffer, allowed=arrays.MOVED)
+        self._swap.run(buffer)
+        p2p.barrier(self._local)
+
+    def _is_common(self, buffer: np.ndarray) -> bool:
+        """Whether it is what `allocate_common` made: all of it, or it has a place of its own."""
+        return arrays.code(buffer, arrays.MOVED) >= 0 and any(
+            (arrays.address(buffer), buffer.nbytes) == (arrays.address(known), known.nbytes) for known in self._commons)
+
     def free(self) -> None:
         """Give communicators and memory back. Collective over `comm`."""
         self._allocations.clear()
+        self._commons.clear()
         self._found.clear()
         self._peers.Free()
         self._local.Free()
         super().free()
-
 
     def _run(self, buffer: np.ndarray, *, everywhere: bool) -> None:
         parts, where = self._find(buffer)
@@ -162,6 +206,18 @@ class Shared(Collective):
                 if part is not mine:
                     part[piece] = mine[piece]
 
+    def _scatter_parts(self, parts: Sequence[np.ndarray]) -> None:
+        """Sum my segment of all parts over all nodes into my part; on the way, my node's sums of my peers' segments."""
+        whole = order.segments(len(parts[0]), self.comm.size)
+        cut = [whole[rank] for rank in self._column]
+        sums = [parts[place] for place in self._sum_local.places]
+        for piece in order.pieces(cut, PIECE_BYTES // parts[0].itemsize):
+            for part in piece:
+                for chunk in arrays.chunks(part.start, part.stop, CHUNK_BYTES // parts[0].itemsize):
+                    self._sum_local.sum(parts, chunk)
+            if self._scatter:
+                self._scatter.scatter(sums, piece, parts[self._local.rank])
+
     def _sum_nodes(self, values: Sequence[np.ndarray], out: np.ndarray) -> None:
         """Sum this node's values over the nodes into `out`."""
         if self._across:
@@ -196,13 +252,17 @@ class Shared(Collective):
         return [part[stretch].view(buffer.dtype) for part in self._stages]
 
     def _agreed(self, count: int, dtype: npt.DTypeLike) -> list[np.ndarray]:
+        return self._agree(lambda: self.node.allocate(count, dtype))
+
+    def _agree(self, allocate: Callable[[], T]) -> T:
         """Memory on all nodes or on none. Raises SharedMemoryError on all ranks of `comm`."""
-        parts, problem = [], ""
+        memory: list[T] = []
+        problem = ""
         try:
-            parts = self.node.allocate(count, dtype)
+            memory.append(allocate())
         except SharedMemoryError as error:
             problem = str(error)
         problems = [text for text in self.comm.allgather(problem) if text]
         if problems:
             raise SharedMemoryError(problems[0])
-        return parts
+        return memory[0]
