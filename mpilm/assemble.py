@@ -36,9 +36,8 @@ from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Saver
 from mpilm.state import TrainState, from_checkpoint, initial
-from mpilm.sync import compress
+from mpilm.sync import Synchronizer, compress
 from mpilm.sync._compressed import Compressed
-from mpilm.sync.allreduce import Allreduce
 from mpilm.trainer import Trainer
 from mpilm.validation import Validation
 
@@ -52,7 +51,7 @@ class Core:
     mesh: Mesh
     slots: range
     parts: list[GPT]
-    sync: Allreduce
+    sync: Synchronizer[Any]
     pipeline: Pipeline
     losses: Losses
     update: Update
@@ -137,9 +136,9 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     slots = runs[mesh.dp.rank]
     parts = [GPT(shape, units) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
-    for part in parts:
-        part.recompute = parallel.recompute
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype)
+    for part in parts:
+        part.recompute, part.around = parallel.recompute, synchronizer.around
     schedule = schedules.get(config.parallel.schedule)
     if decision.compile:
         for part in parts:
@@ -150,13 +149,15 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
 
 
 def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
-                num_slots: int, dtype: torch.dtype) -> Allreduce:
+                num_slots: int, dtype: torch.dtype) -> Synchronizer[Any]:
     """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
     matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
-    synchronizer: Allreduce = sync.get(config.sync.kind)(
+    kind = sync.get(config.sync.kind)
+    synchronizer: Synchronizer[Any] = kind(
         parameters, matrices, _collective(config, world, mesh, parameters.values(), update), mesh.parts,
         _worker(world, mesh), states=update.STATES, num_slots=num_slots, dtype=dtype,
-        bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible)
+        bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible,
+        **{name: getattr(config.sync, name) for name in kind.OPTIONS})
     return world.owns(synchronizer)
 
 

@@ -145,7 +145,8 @@ class Sync:
     """How replicas are kept together.
 
     Args:
-        kind: The file of mpilm/sync: allreduce.
+        kind: The file of mpilm/sync: allreduce, or sharded (memory divided over the replicas).
+        level: What sharded divides: 1 optimizer state; 2 gradients too; 3 weights too.
         collective: The file of mpilm/comm/collectives: ring, shared, tree, mpi; `auto` measures and picks.
         bucket_mib: Gradients are reduced in buckets of this size.
         compress: What gradients are sent as: `none`, or a file of mpilm/sync/compress: bf16, int8, onebit, topk.
@@ -153,6 +154,7 @@ class Sync:
     """
 
     kind: str = "allreduce"
+    level: int = 1
     collective: str = "auto"
     bucket_mib: float = 8.0
     compress: str = "none"

@@ -113,7 +113,9 @@ def check(config: Config) -> None:
         _require(config, option, lambda value, most=most: value <= most, f"at most {most:,}")
     for option in ("run.dir", "run.resume"):
         _require(config, option, lambda value: value.strip() and "\0" not in value, "a name")
+    _require(config, "sync.level", lambda value: value in (1, 2, 3), "1, 2 or 3")
     _check_shape(config.model)
+    _check_sharding(config)
     if config.data.global_batch_size % config.data.micro_batch_size:
         raise UserError(f"--data.micro_batch_size {config.data.micro_batch_size} must divide "
                         f"--data.global_batch_size {config.data.global_batch_size}.")
@@ -127,6 +129,13 @@ def _require(config: Config, option: str, allowed: Any, meaning: str) -> None:
     value = getattr(getattr(config, section), key)
     if not allowed(value):
         raise UserError(f"--{option} {value}: give {meaning}.")
+
+
+def _check_sharding(config: Config) -> None:
+    if config.sync.kind == "sharded" and config.sync.level > 1 and config.parallel.schedule == "zb":
+        raise UserError(f"--sync.level {config.sync.level} needs a module's gradients all at once, and "
+                        "--parallel.schedule zb puts some of them off: choose another schedule, such as 1f1b, or "
+                        "--sync.level 1.")
 
 
 def _check_shape(model: Model) -> None:

@@ -9,7 +9,7 @@ from mpilm.checkpoint import Piece, Reader, Saved, Writer
 from mpilm.config import Checkpoint
 from mpilm.model.shape import Shape
 from mpilm.state import TrainState, describe, pieces
-from mpilm.sync.allreduce import Allreduce
+from mpilm.sync import Synchronizer
 
 
 class Saver:
@@ -24,7 +24,7 @@ class Saver:
         path: The newest complete checkpoint of this run, or None.
     """
 
-    def __init__(self, writer: Writer, sync: Allreduce, shape: Shape, comm: Any, config: Checkpoint, *,
+    def __init__(self, writer: Writer, sync: Synchronizer[Any], shape: Shape, comm: Any, config: Checkpoint, *,
                  about: dict[str, Any], reader: Reader | None) -> None:
         self.writer, self.sync, self.shape, self.comm, self.config = writer, sync, shape, comm, config
         self.about, self.saved = about, reader.step if reader else -1

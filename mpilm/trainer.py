@@ -21,7 +21,7 @@ from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Saver
 from mpilm.state import TrainState
-from mpilm.sync.allreduce import Allreduce
+from mpilm.sync import Synchronizer
 from mpilm.validation import Validation
 
 
@@ -33,7 +33,7 @@ class Trainer:
     state: TrainState
     loader: Loader
     pipeline: Pipeline
-    sync: Allreduce
+    sync: Synchronizer[Any]
     update: Update
     losses: Losses
     validation: Validation | None

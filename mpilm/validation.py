@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.comm.order import even_runs
-from mpilm.data.loader import Loader
+from mpilm.data.loader import Batch, Loader
 from mpilm.data.sampler import Spread
 from mpilm.data.shards import Dataset
 from mpilm.log import UserError
@@ -38,14 +38,28 @@ class Validation:
         self.pipeline, self.losses = pipeline, Losses(comm, runs, pipeline.comm)
         self.tokens = slots * size * sequence_length
         mine = runs[comm.rank]
-        together = max(1, TOKENS // (size * sequence_length))
+        self.together = max(1, TOKENS // (size * sequence_length))
         order = Spread(available, count=slots * size, mine=range(mine.start * size, mine.stop * size),
-                       a_step=together * size)
-        self.batches = -(-len(mine) // together)
+                       a_step=self.together * size)
+        self.rounds = max(map(len, runs))
         self.loader = Loader(dataset, order, sequence_length=sequence_length, micro_batch_size=size,
-                             slots=range(together), mask_documents=mask_documents)
+                             slots=range(self.together), mask_documents=mask_documents)
 
     def loss(self) -> float:
         """Mean loss, nats per token."""
-        losses = [self.pipeline.evaluate(self.loader.batch(number)) for number in range(self.batches)]
-        return self.losses.mean(np.concatenate([np.empty(0), *losses]))
+        losses = [np.empty(0)]
+        for number, first in enumerate(range(0, self.rounds, self.together)):
+            batch = self.loader.batch(number)
+            passes = filled(batch, min(self.together, self.rounds - first))
+            losses.append(self.pipeline.evaluate(passes)[:len(batch.inputs)])
+        return self.losses.mean(np.concatenate(losses))
+
+
+def filled(batch: Batch, slots: int) -> Batch:
+    """With slots of zeros at the end: ranks may have weights to gather together, so all do as many passes."""
+    def longer(array: np.ndarray) -> np.ndarray:
+        return np.append(array, np.zeros((slots - len(array), *array.shape[1:]), array.dtype), 0)
+
+    assert batch.targets is not None
+    documents = None if batch.documents is None else longer(batch.documents)
+    return Batch(longer(batch.inputs), longer(batch.targets), documents)

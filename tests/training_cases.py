@@ -9,18 +9,20 @@ from mpilm.arithmetic import Arithmetic
 from mpilm.config import Config, Data, Model, Optim, Parallel, Run, Sync
 from mpilm.data.loader import Batch
 from mpilm.launch import session
+from mpilm.sync.sharded import Sharded
 
 VOCAB, LENGTH, SEQUENCES, STEPS = 101, 16, 8, 3
 SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are nothing but rounding
 
 
 def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0,
-                  **parallel):
+                  kind="allreduce", level=1, **parallel):
     """A small model and a step of eight sequences; `parallel`: options of that section."""
     return Config(run=Run(steps=STEPS, reproducible=reproducible), model=Model(layers=2, width=64, heads=4, kv_heads=2),
                   data=Data(sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=micro_batch_size),
                   optim=Optim(lr=1e-2, warmup_steps=2, clip=clip, eps=SMOOTH),
-                  sync=Sync(collective=collective, bucket_mib=bucket_mib), parallel=Parallel(**parallel))
+                  sync=Sync(kind=kind, level=level, collective=collective, bucket_mib=bucket_mib),
+                  parallel=Parallel(**parallel))
 
 
 def windows(step):
@@ -51,10 +53,12 @@ def train(config, world, *, precision, synchronous=False):
     losses, norms = [], []
     size = config.data.micro_batch_size
     for step in range(STEPS):
-        tokens = windows(step).reshape(-1, size, LENGTH + 1)[core.slots.start:core.slots.stop]
+        tokens = windows(step).reshape(-1, size, LENGTH + 1)[list(core.slots)]
         mine = core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
         core.update.begin(step)
         core.sync.step(core.update)
         losses.append(core.losses.mean(mine))
         norms.append(core.sync.grad_norm)
+    if isinstance(core.sync, Sharded):
+        core.sync.fetch()
     return losses, norms, {name: p.detach().clone() for name, p in core.parameters().items()}

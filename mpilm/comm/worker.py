@@ -41,6 +41,10 @@ class Worker:
         self._queue.put((future, function, args))
         return future
 
+    def until(self, future: Future[Any]) -> None:
+        """Return when what `submit` gave this future for is done; raise its error."""
+        future.result()
+
     def wait(self) -> None:
         """Return when everything submitted so far is done; raise the first error among it."""
         waiting, self._submitted = self._submitted, []
@@ -65,20 +69,27 @@ class Worker:
 
 
 class Inline:
-    """The same interface without a thread, for an MPI that allows calls from one thread only: `wait` does the work."""
+    """The same interface without a thread, for an MPI that allows calls from one thread only: waiting does the work."""
 
     def __init__(self) -> None:
-        self._submitted: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self._submitted: list[_Call] = []
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> None:
-        """Queue function(*args)."""
-        self._submitted.append((function, args))
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Queue function(*args); the future holds its result."""
+        future: Future[Any] = Future()
+        self._submitted.append((future, function, args))
+        return future
+
+    def until(self, future: Future[Any]) -> None:
+        """Do everything submitted so far, in order, unless that was done already."""
+        if not future.done():
+            self.wait()
 
     def wait(self) -> None:
         """Do everything submitted so far, in order."""
         waiting, self._submitted = self._submitted, []
-        for function, args in waiting:
-            function(*args)
+        for future, function, args in waiting:
+            future.set_result(function(*args))
 
     def close(self) -> None:
         """Nothing to end."""

@@ -62,9 +62,10 @@ class Loader:
 
     def _load(self, step: int) -> Batch:
         size, length = self._micro_batch_size, self._sequence_length
-        ids = self._sampler.ids(step)[self._slots.start * size:self._slots.stop * size]
-        starts = ids * length
-        shape = (starts.size // size, size, length)
+        slots = slice(self._slots.start, self._slots.stop, self._slots.step)
+        ids = self._sampler.ids(step).reshape(-1, size)[slots]
+        starts = ids.reshape(-1) * length
+        shape = (len(ids), size, length)
         tokens = self._dataset.windows(starts, length + 1).reshape(*shape[:2], length + 1)
         documents = self._documents(starts).reshape(shape) if self._mask_documents else None
         return Batch(tokens[..., :-1], tokens[..., 1:], documents)

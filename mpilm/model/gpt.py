@@ -14,7 +14,9 @@ float32 or bfloat16, before the first call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,18 @@ from mpilm.model.layers import Block, Places, RMSNorm
 from mpilm.model.shape import Shape
 
 
+def plainly(module: nn.Module, run: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    """run(x, *rest): a module whose weights are always there."""
+    return run(x, *rest)
+
+
 class GPT(nn.Module):
-    """The whole model, or a run of its units; parameters in the order and with the names of `shape.parameters()`."""
+    """The whole model, or a run of its units; parameters in the order and with the names of `shape.parameters()`.
+
+    Attributes:
+        around: Through which every module is called: around(module, run, x, *rest) -> run(x, *rest). Whoever owns the
+            weights may replace it, to have them there when they are needed.
+    """
 
     def __init__(self, shape: Shape, units: range | None = None) -> None:
         super().__init__()
@@ -42,6 +54,7 @@ class GPT(nn.Module):
             if shape.tied_embeddings:
                 self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep a block's input only, and compute the block again in the backward pass
+        self.around = plainly
         self._places: Places | None = None
 
     @property
@@ -66,13 +79,16 @@ class GPT(nn.Module):
             hidden: [B, T, C] from the part before; None for the part that begins with the embedding.
         """
         places = self.places(inputs, documents)
-        x = self.embed_tokens(inputs) if hidden is None else hidden
+        x = self.around(self.embed_tokens, self.embed_tokens, inputs) if hidden is None else hidden
         for block in self.layers.values():
-            x = recompute.again(block, x, places) if self.recompute else block(x, places)
+            run = partial(recompute.again, block) if self.recompute else block
+            x = self.around(block, run, x, places)
         if not self.last:
             return x
-        x = self.norm(x)
-        return self.lm_head(x) if targets is None else self.lm_head.loss(x, targets)
+        x = self.around(self.norm, self.norm, x)
+        if targets is None:
+            return self.around(self.lm_head, self.lm_head, x)
+        return self.around(self.lm_head, self.lm_head.loss, x, targets)
 
     def input_shape(self, stage: int, slot: Sequence[int]) -> tuple[int, ...]:
         """Of what enters pipeline stage `stage`, from 1: that of a slot's tokens [B, T], and the width."""

@@ -86,11 +86,18 @@ def slots(config: Config, dp: int, *, reproducible: bool) -> list[range]:
     """
     number = config.data.global_batch_size // config.data.micro_batch_size
     deal: Callable[[int, int], list[range]] = order.runs if reproducible else order.even_runs
+    if reproducible and _in_turns(config, dp):
+        deal = order.turns
     dealt = deal(number, dp)
     if number < dp:
         raise UserError(f"{dp} replicas of the model, but a step has {number} micro-batches (--data.global_batch_size "
                         "/ --data.micro_batch_size): lower the one or raise the other, or start fewer ranks.")
     return dealt
+
+
+def _in_turns(config: Config, dp: int) -> bool:
+    """Gradients that are summed over ranks before they are summed over slots: see sync/sharded.py."""
+    return config.sync.kind == "sharded" and config.sync.level > 1 and dp & (dp - 1) == 0
 
 
 def num_chunks(config: Config) -> int:

@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from mpilm import menu
+from mpilm.sync._synchronizer import Synchronizer
+
+__all__ = ["Synchronizer", "get"]
 
 
-def get(name: str) -> Any:
+def get(name: str) -> type[Any]:
     """The synchronizer of that name.
 
     Raises:
         UserError: There is none; the message lists those there are.
     """
-    return menu.get(__name__, name, option="sync.kind")
+    found: type[Any] = menu.get(__name__, name, option="sync.kind")
+    return found

@@ -1,18 +1,17 @@
 """Flat memory for parameters, gradients and optimizer state, bucket by bucket.
 
-    gradients[0]   float32, where the collective wants it: summed over my slots, then over all ranks
-    gradients[1:]  float32, mine alone: the other partial sums of the binary counter (see _slots.py)
-    masters, optimizer states   float32, one copy for all owners; each rank updates its own segment
-    weights        what the model computes with (bf16, or the masters themselves), one copy for all owners
-    blocks         float64, the sum of squares of every BLOCK gradients, for the global norm
+    gradients   float32, see _gradients.py
+    masters, optimizer states   float32; each rank updates a segment of its own
+    weights     what the model computes with (bf16, or the masters themselves)
+    blocks      float64, the sum of squares of every BLOCK gradients, for the global norm
 
-The owners are the ranks among whom the collective divides a reduced buffer: the ranks of a node
-that share its memory, or each rank alone with a copy of everything.
+A `Replica` is a bucket whose memory the collective's owners share: the ranks of a node, or each rank alone with a copy
+of everything. A `Shard` is one that is divided over all ranks: of masters and states a rank has its segment only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,73 +21,107 @@ from mpilm import bridge
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK, segments
 from mpilm.flat import Flat
-from mpilm.sync._layout import Layout, Member
+from mpilm.sync._gradients import Gradients, Whole
+from mpilm.sync._layout import Layout
 from mpilm.sync._slots import Visit
+from mpilm.sync._weights import Weights
 
 MASTERS = "model"
 # (state name or MASTERS, parameter name, first element, number of elements) -> float32 values
 Read = Callable[[str, str, int, int], np.ndarray]
+# (state name or MASTERS, parameter name, first element, values)
+Run = tuple[str, str, int, np.ndarray]
 
 
 class Bucket:
-    """The flat memory of one bucket. Collective over the collective's communicator."""
+    """What both kinds have in common: a segment `own`, which this rank updates.
 
-    def __init__(self, layout: Layout, collective: Any, owners: Node, *, states: Sequence[str],
-                 dtype: torch.dtype, num_buffers: int) -> None:
-        self.layout, self.collective = layout, collective
-        count = layout.count
-        self.own = segments(count, owners.comm.size)[owners.comm.rank]
-        self.reduced = collective.allocate(count, np.float32)
-        partial = [np.zeros(count, np.float32) for _ in range(num_buffers - 1)]
-        self.gradients = [torch.from_numpy(buffer) for buffer in [self.reduced, *partial]]
-        self.state = {name: owners.allocate_common(count, np.float32) for name in (MASTERS, *states)}
-        self.masters = torch.from_numpy(self.state[MASTERS])
-        self.weights = self.masters if dtype == torch.float32 else bridge.tensor(
-            owners.allocate_common(count, bridge.array_dtype(dtype)), dtype)
-        self.blocks = owners.allocate_common(count // BLOCK, np.float64)
+    Attributes:
+        flat: Whole, what parameters are views of.
+        shard: `own` of `flat`; what the update writes the new weights to.
+        masters, states: float32, my segment.
+        squares: float64, one for every BLOCK of my segment's gradients.
+    """
 
-    def visit(self, member: Member, visit: Visit, gradient: torch.Tensor | None) -> None:
-        """Take in one parameter's gradient of one slot; None means zero."""
-        run = slice(member.start, member.start + member.count)
-        into = self.gradients[visit.into][run]
-        if gradient is None:
-            into.mul_(0.0 if visit.fresh else 1.0)
-        elif visit.fresh:
-            into.copy_(gradient.reshape(-1))
-        else:
-            into.add_(gradient.reshape(-1))
-        for lower in range(visit.into - 1, visit.into - 1 - visit.folds, -1):
-            self.gradients[lower][run].add_(self.gradients[lower + 1][run])
+    flat: torch.Tensor
+    shard: torch.Tensor
+    masters: torch.Tensor
+    states: Mapping[str, np.ndarray]
+    squares: np.ndarray
 
-    def reduce(self) -> None:
-        """Sum my segment over all ranks, and its squares block by block. Collective, in bucket order."""
-        self.collective.reduce(self.reduced)
-        # One call a block: over several blocks at once NumPy may sum each of them in another order.
-        for block in range(self.own.start // BLOCK, self.own.stop // BLOCK):
-            values = self.reduced[block * BLOCK:(block + 1) * BLOCK]
-            self.blocks[block] = np.einsum("i,i->", values, values)
+    def __init__(self, layout: Layout, own: slice, gradients: Gradients) -> None:
+        self.layout, self.own, self.gradients = layout, own, gradients
 
-    def flat(self) -> Flat:
+    def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
+        """The gradients of `slot` are all there; returns what is to be done in bucket order, on all ranks alike."""
+        pass_on = self.gradients.depart(slot)
+
+        def work() -> None:
+            pass_on()
+            if last:
+                self._square()
+        return work
+
+    def _square(self) -> None:
+        """One call a block: over several blocks at once NumPy may sum each of them in another order."""
+        gradients = self.gradients.own.numpy()
+        for block in range(self.squares.size):
+            values = gradients[block * BLOCK:(block + 1) * BLOCK]
+            self.squares[block] = np.einsum("i,i->", values, values)
+
+    def flats(self) -> Iterator[Flat]:
         """My segment, as the update takes it."""
-        own = self.own
-        states = tuple(torch.from_numpy(array[own]) for name, array in self.state.items() if name != MASTERS)
-        return Flat(self.masters[own], self.weights[own], self.gradients[0][own], states, self.layout.decay)
+        for zone, decay in self.layout.zones(self.own):
+            part = slice(zone.start - self.own.start, zone.stop - self.own.start)
+            states = tuple(torch.from_numpy(state[part]) for state in self.states.values())
+            yield Flat(self.masters[part], self.shard[part], self.gradients.own[part], states, decay)
 
     def load(self, read: Read) -> None:
         """Fill my segment of masters and optimizer state, and round the weights from the masters."""
-        for name, array in self.state.items():
-            for member, start, stop in self._members_in(self.own):
-                first = start - member.start
-                array[start:stop] = read(name, member.name, first, stop - start)
-        self.weights[self.own].copy_(self.masters[self.own])
+        for name, array in {MASTERS: self.masters.numpy(), **self.states}.items():
+            for member, start, stop in self.layout.members_in(self.own):
+                values = read(name, member.name, start - member.start, stop - start)
+                array[start - self.own.start:stop - self.own.start] = values
+        if self.shard.data_ptr() != self.masters.data_ptr():
+            self.shard.copy_(self.masters)
 
-    def runs(self, part: int, parts: int) -> list[tuple[str, str, int, np.ndarray]]:
-        """(state name, parameter name, first element, values) of one of `parts` shares of everything a resume needs."""
+    def own_runs(self) -> list[Run]:
+        """Everything a resume needs of my segment."""
+        arrays = {MASTERS: self.masters.numpy(), **self.states}
+        return [(name, member.name, start - member.start, array[start - self.own.start:stop - self.own.start])
+                for name, array in arrays.items() for member, start, stop in self.layout.members_in(self.own)]
+
+
+class Replica(Bucket):
+    """A bucket among `owners`. Collective over the collective's communicator."""
+
+    def __init__(self, layout: Layout, collective: Any, owners: Node, *, states: Sequence[str],
+                 dtype: torch.dtype, visits: Sequence[Visit]) -> None:
+        count, own = layout.count, segments(layout.count, owners.comm.size)[owners.comm.rank]
+        super().__init__(layout, own, Whole(layout, collective, collective.reduce, own, visits))
+        self.common = {name: owners.allocate_common(count, np.float32) for name in (MASTERS, *states)}
+        whole = torch.from_numpy(self.common[MASTERS])
+        self.flat = whole if dtype == torch.float32 else bridge.tensor(
+            owners.allocate_common(count, bridge.array_dtype(dtype)), dtype)
+        self.masters, self.shard = whole[own], self.flat[own]
+        self.states = {name: self.common[name][own] for name in states}
+        self.blocks = owners.allocate_common(count // BLOCK, np.float64)
+        self.squares = self.blocks[own.start // BLOCK:own.stop // BLOCK]
+
+    def runs(self, part: int, parts: int) -> list[Run]:
+        """One of `parts` shares of everything a resume needs."""
         share = segments(self.layout.count, parts)[part]
         return [(name, member.name, start - member.start, array[start:stop])
-                for name, array in self.state.items() for member, start, stop in self._members_in(share)]
+                for name, array in self.common.items() for member, start, stop in self.layout.members_in(share)]
 
-    def _members_in(self, share: slice) -> list[tuple[Member, int, int]]:
-        """The members that reach into `share`, each with the run they have in common."""
-        cuts = [(m, max(share.start, m.start), min(share.stop, m.start + m.count)) for m in self.layout.members]
-        return [(member, start, stop) for member, start, stop in cuts if start < stop]
+
+class Shard(Bucket):
+    """A bucket over all ranks, with any kind of gradients and weights."""
+
+    def __init__(self, layout: Layout, own: slice, gradients: Gradients, weights: Weights, *,
+                 states: Sequence[str]) -> None:
+        super().__init__(layout, own, gradients)
+        self.weights = weights
+        self.flat, self.shard, self.masters = weights.flat, weights.shard, weights.masters
+        self.states = {name: np.zeros(own.stop - own.start, np.float32) for name in states}
+        self.squares = np.zeros((own.stop - own.start) // BLOCK)

@@ -1,8 +1,8 @@
 """Where each parameter lies in the flat buckets: arithmetic on names and sizes.
 
 Parameters fill buckets from the last to the first, because the backward pass produces gradients
-in that order and a full bucket can leave at once. A bucket holds either decayed parameters or
-undecayed ones, so that the optimizer treats it as one array.
+in that order and a full bucket can leave at once. A bucket has its decayed parameters first and
+the undecayed ones after them; `lay_out` makes buckets of one kind only, which fill sooner.
 
     bucket 0:  | head.weight             |pad|
     bucket 1:  | blocks.5.down.weight |pad| blocks.5.gate.weight |pad| ...
@@ -40,11 +40,31 @@ class Member:
 
 @dataclass(frozen=True)
 class Layout:
-    """One bucket: `count` elements, a multiple of BLOCK, and its members in memory order."""
+    """One bucket: `count` elements, a multiple of BLOCK, and its members in memory order.
+
+    Elements from `undecayed` on, another multiple of BLOCK, are not decayed.
+    """
 
     members: tuple[Member, ...]
     count: int
-    decay: bool
+    undecayed: int
+
+    def zones(self, share: slice) -> list[tuple[slice, bool]]:
+        """`share`, cut where weight decay ends; with each part, whether it is decayed. Empty parts are left out."""
+        edge = min(max(self.undecayed, share.start), share.stop)
+        parts = [(slice(share.start, edge), True), (slice(edge, share.stop), False)]
+        return [(part, decay) for part, decay in parts if part.start < part.stop]
+
+    def members_in(self, share: slice) -> list[tuple[Member, int, int]]:
+        """The members that reach into `share`, each with the run [start, stop) that they have in common."""
+        cuts = [(m, max(share.start, m.start), min(share.stop, m.start + m.count)) for m in self.members]
+        return [(member, start, stop) for member, start, stop in cuts if start < stop]
+
+    def gaps(self) -> list[slice]:
+        """What lies between members and after the last one."""
+        stops = [0, *(member.start + member.count for member in self.members)]
+        starts = [*(member.start for member in self.members), self.count]
+        return [slice(low, high) for low, high in zip(stops, starts, strict=True)]
 
 
 def lay_out(parameters: Iterable[Parameter], bucket_count: int, *, owners: int) -> list[Layout]:
@@ -57,6 +77,28 @@ def lay_out(parameters: Iterable[Parameter], bucket_count: int, *, owners: int) 
     return [_layout(bucket, owners) for bucket in decayed + _fill([p for p in backward if not p.decay], bucket_count)]
 
 
+def lay_out_modules(parameters: Iterable[Parameter], *, owners: int) -> list[Layout]:
+    """A bucket for every module, from the last one to the first; its parameters come and go together.
+
+    A module is what a name begins with, as far as its first number: "layers.3", "0"; without one, its first word.
+    """
+    modules: dict[str, list[Parameter]] = {}
+    for parameter in parameters:
+        modules.setdefault(module_of(parameter.name), []).append(parameter)
+    return [_layout(sorted(module, key=lambda p: p.decay), owners) for module in reversed(modules.values())]
+
+
+def module_of(name: str) -> str:
+    """The module that a parameter belongs to.
+
+    >>> module_of("layers.3.mlp.down_proj.weight"), module_of("embed_tokens.weight")
+    ('layers.3', 'embed_tokens')
+    """
+    words = name.split(".")
+    number = next((place for place, word in enumerate(words) if word.isdecimal()), 0)
+    return ".".join(words[:number + 1])
+
+
 def _fill(backward: list[Parameter], bucket_count: int) -> list[list[Parameter]]:
     buckets: list[list[Parameter]] = []
     for parameter in backward:
@@ -67,11 +109,12 @@ def _fill(backward: list[Parameter], bucket_count: int) -> list[list[Parameter]]
 
 
 def _layout(bucket: list[Parameter], owners: int) -> Layout:
+    """A bucket of parameters, given from the last in memory to the first, the undecayed ones first."""
     members, start = [], 0
     for parameter in bucket[::-1]:
         members.append(Member(parameter.name, start, parameter.count))
         start += _padded(parameter)
-    return Layout(tuple(members), max(start, owners * BLOCK), bucket[0].decay)
+    return Layout(tuple(members), max(start, owners * BLOCK), sum(_padded(p) for p in bucket if p.decay))
 
 
 def _padded(parameter: Parameter) -> int:

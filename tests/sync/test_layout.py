@@ -29,7 +29,8 @@ def test_a_bucket_has_one_kind_of_decay_and_its_size(given_parameters, bucket_co
     """Decayed and undecayed do not mix; only a single large parameter may exceed the size."""
     decay = {p.name: p.decay for p in given_parameters}
     for layout in lay_out(given_parameters, bucket_count, owners=1):
-        assert {decay[member.name] for member in layout.members} == {layout.decay}
+        assert {decay[member.name] for member in layout.members} == {layout.undecayed > 0}
+        assert layout.undecayed in (0, sum(-(-member.count // BLOCK) * BLOCK for member in layout.members))
         assert layout.count <= max(bucket_count, BLOCK) or len(layout.members) == 1
 
 

@@ -15,7 +15,6 @@ from mpilm.comm.collectives._across import Across
 from mpilm.comm.node import Node
 from mpilm.log import UserError
 
-
 PIECE_BYTES = 4 * 2**20  # of every segment, summed at a time where everyone sends to everyone
 
 

@@ -15,7 +15,8 @@ every part:
 
 A rank reads its slice of every part and writes it: as much memory traffic as a plain copy of the buffer. `reduce`
 leaves out 4. `reduce_scatter` differs between nodes: there a rank makes its node's sums of the segments that its peers
-own, one on every node, and sends each of them its own. Nobody but rank r touches slice r between the barriers, so sums are made in place.
+own, one on every node, and sends each of them its own. Nobody but rank r touches slice r between the barriers, so sums
+are made in place.
 
 A buffer that `allocate` did not make goes through a scratch area of bounded size: copy in, sum, copy out, three
 chunks under way at a time. What is gathered may be one buffer that all ranks of a node see (`allocate_common`): its

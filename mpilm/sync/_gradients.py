@@ -1,0 +1,161 @@
+"""Where a bucket's gradients are collected and summed: whole, or only on their way to the rank that owns them.
+
+    Whole       a full-length buffer, summed over my slots; reduced once a step
+    Passing     a full-length place for the time of one slot; the sums over ranks are added up over slots in the owner's
+                segment. Two `Room`s, which buckets use in turns, serve all of them:
+
+                backward of a slot     | bucket 0: room 0 | bucket 1: room 1 | bucket 2: room 0, once 0 is through |
+                communication thread                      | bucket 0 ------> | bucket 1 ------>
+
+Both add slots by the binary counter of _slots.py. `Passing` sums over ranks before it sums over slots, so in the fixed
+order the k-th slots of all ranks must be a subtree: they are dealt in turns (order.turns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from mpilm.comm import arrays
+from mpilm.comm.worker import Inline, Worker
+from mpilm.sync._layout import Layout, Member
+from mpilm.sync._slots import Visit
+
+Reduce = Callable[[np.ndarray], None]
+
+
+class Gradients(Protocol):
+    """What a bucket asks of its gradients.
+
+    Attributes:
+        own: float32, my segment of the sum over all slots of all ranks, once everything has departed and arrived.
+        nbytes: Held for it at all times.
+    """
+
+    own: torch.Tensor
+    nbytes: int
+
+    def visit(self, member: Member, slot: int, gradient: torch.Tensor | None) -> None:
+        """Take in one parameter's gradient of my slot number `slot`; None means zero."""
+
+    def depart(self, slot: int) -> Callable[[], None]:
+        """The gradients of `slot` are all there; returns what the communication thread has to do. Collective."""
+
+    def departed(self, future: Future[Any]) -> None:
+        """It will be done when `future` is."""
+
+
+class Whole:
+    """Gradients at full length.
+
+    Args:
+        reduce: The collective's way to sum so that segment `own` is right.
+    """
+
+    def __init__(self, layout: Layout, collective: Any, reduce: Reduce, own: slice, visits: Sequence[Visit]) -> None:
+        self.reduced, self._reduce, self.visits = collective.allocate(layout.count, np.float32), reduce, visits
+        partial = [np.zeros(layout.count, np.float32) for _ in range(_buffers(visits) - 1)]
+        self.buffers = [torch.from_numpy(buffer) for buffer in [self.reduced, *partial]]
+        self.own = self.buffers[0][own]
+        self.nbytes = len(self.buffers) * self.reduced.nbytes
+
+    def visit(self, member: Member, slot: int, gradient: torch.Tensor | None) -> None:
+        """As Gradients."""
+        run = slice(member.start, member.start + member.count)
+        count(self.buffers, run, self.visits[slot], None if gradient is None else gradient.reshape(-1))
+
+    def depart(self, slot: int) -> Callable[[], None]:
+        """As Gradients; it is called for the last slot only."""
+        return lambda: self._reduce(self.reduced)
+
+    def departed(self, future: Future[Any]) -> None:
+        """As Gradients."""
+
+
+class Room:
+    """Memory for one bucket of at most `most` elements at a time. Collective over the collective's communicator."""
+
+    def __init__(self, most: int, collective: Any, worker: Worker | Inline) -> None:
+        self.memory, self.worker = collective.allocate(most, np.float32), worker
+        self.filling = False
+        self.leaving: Future[Any] | None = None
+
+    def take(self, length: int) -> np.ndarray | None:
+        """`length` elements, once what was there is through; None while another bucket fills it."""
+        if self.filling:
+            return None
+        if self.leaving is not None:
+            self.worker.until(self.leaving)
+        self.filling, self.leaving = True, None
+        taken: np.ndarray = self.memory[:length]
+        return taken
+
+    def leave(self, future: Future[Any]) -> None:
+        """What is there will be through when `future` is."""
+        self.filling, self.leaving = False, future
+
+
+class Passing:
+    """Gradients that are kept in my segment only."""
+
+    def __init__(self, layout: Layout, collective: Any, own: slice, visits: Sequence[Visit], room: Room) -> None:
+        self.layout, self.collective, self.segment, self.visits, self.room = layout, collective, own, visits, room
+        self.sums = [torch.zeros(own.stop - own.start) for _ in range(_buffers(visits))]
+        self.own = self.sums[0]
+        self.nbytes = sum(total.nbytes for total in self.sums)
+        self.place: np.ndarray | None = None
+        self.in_room = False
+
+    def visit(self, member: Member, slot: int, gradient: torch.Tensor | None) -> None:
+        """As Gradients."""
+        if self.place is None:
+            self.place = self._take()
+        into = torch.from_numpy(self.place[member.start:member.start + member.count])
+        if gradient is None:
+            into.zero_()
+        else:
+            into.copy_(gradient.reshape(-1))
+
+    def _take(self) -> np.ndarray:
+        """A place for a slot; gaps between members are zero. Memory of its own where the room is in use."""
+        place = self.room.take(self.layout.count)
+        self.in_room = place is not None
+        if place is None:
+            place = arrays.zeros(self.layout.count, np.float32)
+        for gap in self.layout.gaps():
+            place[gap] = 0
+        return place
+
+    def depart(self, slot: int) -> Callable[[], None]:
+        """As Gradients."""
+        place, self.place = self.place, None
+        assert place is not None, "nothing has come"
+
+        def pass_on() -> None:
+            self.collective.reduce_scatter(place)
+            count(self.sums, slice(None), self.visits[slot], torch.from_numpy(place[self.segment]))
+        return pass_on
+
+    def departed(self, future: Future[Any]) -> None:
+        """As Gradients."""
+        if self.in_room:
+            self.room.leave(future)
+
+
+def count(buffers: Sequence[torch.Tensor], run: slice, visit: Visit, gradient: torch.Tensor | None) -> None:
+    """One step of the binary counter, on `run` of all buffers; None means zero."""
+    into = buffers[visit.into][run]
+    if visit.fresh:
+        into.zero_() if gradient is None else into.copy_(gradient)
+    elif gradient is not None:
+        into.add_(gradient)
+    for lower in range(visit.into - 1, visit.into - 1 - visit.folds, -1):
+        buffers[lower][run].add_(buffers[lower + 1][run])
+
+
+def _buffers(visits: Sequence[Visit]) -> int:
+    return 1 + max(visit.into for visit in visits)

@@ -1,0 +1,167 @@
+"""What synchronizers on flat buckets have in common: gradients taken as they come, one order, one norm, one step.
+
+Gradients of a slot are taken from the parameters as the backward pass produces them and put into
+flat buckets. A bucket that is full goes to the communication thread, which reduces it while the
+backward pass still runs; buckets leave in one fixed order on all ranks.
+
+    backward of my last slot     ... head | block 5 | block 4 | ...
+    communication thread                  bucket 0 --> | bucket 1 --> | ...
+    step()                                                              wait, norm, update my segment
+
+The ranks of a pipeline hold different parameters and share one gradient norm: it is the sum over the blocks of all
+stages, in full precision, so their number does not enter it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpilm.comm.order import BLOCK
+from mpilm.comm.worker import Inline, Worker
+from mpilm.flat import Update
+from mpilm.sync._buckets import Bucket, Read, Run
+from mpilm.sync._departures import Departures
+
+AnyBucket = TypeVar("AnyBucket", bound=Bucket)
+
+
+class Synchronizer(ABC, Generic[AnyBucket]):
+    """Takes over the memory of `parameters` and keeps it in agreement over all ranks.
+
+    Args:
+        parameters: Name -> leaf parameter; they become views of the buckets' flat memory.
+        buckets: Which hold them all, in the order in which they leave.
+        stages: The communicator over ranks that hold the other parameters of the same model.
+        num_slots: Micro-batches of this rank in a step.
+        every_slot: Buckets leave after every slot, not only after the last.
+
+    Attributes:
+        OPTIONS: What of the section `sync` of the configuration the constructor takes, besides what all of them take.
+
+    Collective over the replicas of the parameters and over `stages`, like every method.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], buckets: Sequence[AnyBucket], stages: MPI.Comm,
+                 worker: Worker | Inline, *, num_slots: int, every_slot: bool = False) -> None:
+        self.worker, self.stages, self.buckets = worker, stages, list(buckets)
+        self.last_slot, self.every_slot = num_slots - 1, every_slot
+        self.places = {member.name: (index, member) for index, bucket in enumerate(self.buckets)
+                       for member in bucket.layout.members}
+        self.missing: set[str] = set()      # parameters that the backward pass in hand has not reached yet
+        self.slot = 0
+        self.departures = self._all_departures(self.places)
+        self.counts: list[int] = stages.allgather(sum(bucket.layout.count for bucket in self.buckets))
+        self.grad_norm = math.nan
+        self.seconds = {"comm_s": 0.0, "optim_s": 0.0}
+        self._adopt(parameters)
+
+    def _adopt(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        for name, (index, member) in self.places.items():
+            parameter = parameters[name]
+            parameter.data = self.buckets[index].flat[member.start:member.start + member.count].view(parameter.shape)
+            parameter.register_post_accumulate_grad_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        def take(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            self._take(name, gradient)
+        return take
+
+    def _all_departures(self, names: Collection[str]) -> Departures:
+        return Departures((self.places[name][0], name) for name in names)
+
+    def around(self, module: torch.nn.Module, run: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+        """run(x, *rest): the forward pass of `module`, with its weights there for it and for its backward pass."""
+        return run(x, *rest)
+
+    def begin_slot(self, slot: int, names: Collection[str]) -> None:
+        """The backward pass that comes next is that of this rank's slot number `slot` through the parameters `names`.
+
+        A parameter's slots come in ascending order; those of different parameters may come in between.
+        """
+        self.slot, self.missing = slot, set(names)
+        if self.every_slot:
+            self.departures = self._all_departures(names)
+
+    def end_slot(self) -> None:
+        """The backward pass is over: parameters that it did not reach have gradients of zero."""
+        for name in sorted(self.missing):
+            self._take(name, None)
+
+    def _take(self, name: str, gradient: torch.Tensor | None) -> None:
+        index, member = self.places[name]
+        self.buckets[index].gradients.visit(member, self.slot, gradient)
+        self.missing.discard(name)
+        if self.every_slot or self.slot == self.last_slot:
+            for full in self.departures.note(index, name):
+                self._send(self.buckets[full])
+
+    def _send(self, bucket: AnyBucket) -> None:
+        work = bucket.depart(self.slot, last=self.slot == self.last_slot)
+        bucket.gradients.departed(self.worker.submit(work))
+
+    def step(self, update: Update) -> None:
+        """Agree on the gradients and update; a NaN or infinite norm leaves everything as it was, on all ranks."""
+        started = time.perf_counter()
+        self.worker.wait()
+        self.grad_norm = math.sqrt(math.fsum(self._all_blocks()))
+        self.departures = self._all_departures(self.places)
+        reduced = time.perf_counter()
+        scale = update.accept(self.grad_norm)
+        if scale is not None:
+            for bucket in self.buckets:
+                for flat in bucket.flats():
+                    update.apply(flat, scale)
+                self._updated(bucket)
+        updated = time.perf_counter()
+        self._agree()
+        self.seconds = {"comm_s": reduced - started + time.perf_counter() - updated, "optim_s": updated - reduced}
+
+    def _all_blocks(self) -> np.ndarray:
+        """The sums of squares of all blocks of all stages. Collective over `stages`."""
+        mine = self._blocks()
+        counts = [count // BLOCK for count in self.counts]
+        everyone = np.empty(sum(counts))
+        self.stages.Allgatherv(mine, (everyone, counts))
+        return everyone
+
+    @abstractmethod
+    def _blocks(self) -> np.ndarray:
+        """The sums of squares of all blocks of all buckets, from all ranks that hold them; float64."""
+
+    def _updated(self, bucket: AnyBucket) -> None:
+        """My segment of `bucket` is new."""
+
+    @abstractmethod
+    def _agree(self) -> None:
+        """Return when the new parameters are everywhere."""
+
+    @abstractmethod
+    def load(self, read: Read) -> None:
+        """Set parameters and optimizer state from `read(state, parameter, first, count)`."""
+
+    @abstractmethod
+    def runs(self, part: int, parts: int) -> list[Run]:
+        """Share number `part` of everything a resume needs; the `parts` shares cover it exactly once.
+
+        The shares are those of the replicas: `part` is this rank's number among them.
+        """
+
+    @abstractmethod
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds: "weights", "masters" (beside them), "optimizer", "gradients". What ranks have in
+        common counts in equal parts to each."""
+
+    def free(self) -> None:
+        """Give back communicators of its own, if it has any. Collective over the collective's communicator."""
