@@ -16,10 +16,11 @@ SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are n
 
 
 def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0,
-                  kind="allreduce", level=1, **parallel):
-    """A small model and a step of eight sequences; `parallel`: options of that section."""
-    return Config(run=Run(steps=STEPS, reproducible=reproducible), model=Model(layers=2, width=64, heads=4, kv_heads=2),
-                  data=Data(sequence_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=micro_batch_size),
+                  kind="allreduce", level=1, sequences=SEQUENCES, tied=False, **parallel):
+    """A small model and a step of eight sequences, or of fewer; `parallel`: options of that section."""
+    return Config(run=Run(steps=STEPS, reproducible=reproducible),
+                  model=Model(layers=2, width=64, heads=4, kv_heads=2, tied_embeddings=tied),
+                  data=Data(sequence_length=LENGTH, global_batch_size=sequences, micro_batch_size=micro_batch_size),
                   optim=Optim(lr=1e-2, warmup_steps=2, clip=clip, eps=SMOOTH),
                   sync=Sync(kind=kind, level=level, collective=collective, bucket_mib=bucket_mib),
                   parallel=Parallel(**parallel))
@@ -30,30 +31,36 @@ def windows(step):
     return np.random.default_rng(step).integers(0, VOCAB, (SEQUENCES, LENGTH + 1))
 
 
-def parallel(config, *, precision="fp32", synchronous=False):
+def parallel(config, *, precision="fp32", synchronous=False, compiled=False):
     """Steps on all ranks. Returns (losses, norms, this rank's parameters)."""
     with session() as world:
-        result = train(config, world, precision=precision, synchronous=synchronous)
+        result = train(config, world, precision=precision, synchronous=synchronous, compiled=compiled)
         world.comm.Barrier()
         return result
 
 
-def alone(config, *, precision="fp32"):
+def alone(config, *, precision="fp32", compiled=False):
     """The same steps on one rank: each rank does them for itself."""
     with session() as world:
-        return train(config, world.alone(), precision=precision)
+        return train(config, world.alone(), precision=precision, compiled=compiled)
 
 
-def train(config, world, *, precision, synchronous=False):
-    """STEPS steps over the ranks of `world`; `synchronous` holds every send back until it is being received."""
-    arithmetic = Arithmetic(precision, False, 1, config.data.micro_batch_size, config.run.reproducible, "", "")
+def build(config, world, *, precision="fp32", compiled=False):
+    """Model and synchronizer over the ranks of `world`, with initial weights."""
+    arithmetic = Arithmetic(precision, compiled, 1, config.data.micro_batch_size, config.run.reproducible, "", "")
     core = assemble.build(config, world, assemble.shape_of(config, VOCAB), arithmetic)
     assemble.restore(core, assemble.shape_of(config, VOCAB), config, None)
+    return core
+
+
+def train(config, world, *, precision, synchronous=False, compiled=False):
+    """STEPS steps over the ranks of `world`; `synchronous` holds every send back until it is being received."""
+    core = build(config, world, precision=precision, compiled=compiled)
     core.pipeline.messages.ledger.synchronous = synchronous
     losses, norms = [], []
     size = config.data.micro_batch_size
     for step in range(STEPS):
-        tokens = windows(step).reshape(-1, size, LENGTH + 1)[list(core.slots)]
+        tokens = windows(step)[:config.data.global_batch_size].reshape(-1, size, LENGTH + 1)[list(core.slots)]
         mine = core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
         core.update.begin(step)
         core.sync.step(core.update)

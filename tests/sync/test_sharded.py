@@ -1,0 +1,261 @@
+"""Memory divided over the ranks, at every level, by every collective: the bits of one rank, and less memory."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpilm import assemble
+from mpilm.comm.order import BLOCK, segments
+from mpilm.comm.worker import Inline
+from mpilm.data.loader import Batch
+from mpilm.launch import session
+from mpilm.log import UserError
+from mpilm.parallel.losses import Losses
+from mpilm.sync._weights import Gathered, Tally
+from mpilm.validation import filled
+from tests.helpers import everywhere
+from tests.training_cases import LENGTH, SEQUENCES, alone, build, configuration, parallel, windows
+
+LEVELS = (1, 2, 3)
+every_level = pytest.mark.parametrize("level", LEVELS)
+fixed_order = pytest.mark.parametrize("name", ["shared", "tree"])
+
+
+def sharded(collective, level, **options):
+    """The small model's configuration."""
+    return configuration(collective, kind="sharded", level=level, **options)
+
+
+def same(one, other):
+    """Losses and norms equal, and so are all parameters that `other` holds."""
+    return one[:2] == other[:2] and all(torch.equal(one[2][name], value) for name, value in other[2].items())
+
+
+def power_of_two(size):
+    """What `tree` takes."""
+    return size & (size - 1) == 0
+
+
+@fixed_order
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_three_steps_have_the_bits_of_one_rank(name, precision, comm):
+    """Losses, gradient norms, weights; several slots a rank."""
+    if name == "tree" and not power_of_two(comm.size):
+        pytest.skip("no power of two of ranks")
+    expected = alone(configuration(), precision=precision)
+    for level in LEVELS:
+        everywhere(comm, same(expected, parallel(sharded(name, level), precision=precision)), f"level {level}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_over_several_nodes(ranks_per_node, comm, monkeypatch):
+    """Emulated ones; of three ranks a node has two and the other one."""
+    monkeypatch.setenv("MPILM_RANKS_PER_NODE", str(ranks_per_node))
+    expected = alone(configuration())
+    for level in LEVELS:
+        everywhere(comm, same(expected, parallel(sharded("shared", level))), f"level {level}")
+
+
+@pytest.mark.parametrize("name", ["ring", "mpi", "shared"])
+def test_the_fast_mode_is_near(name, comm):
+    """Any number of ranks that divides the slots, three too; all ranks hold the same bits."""
+    sequences = SEQUENCES if SEQUENCES % comm.size == 0 else 2 * comm.size
+    losses, norms, parameters = alone(configuration(reproducible=False, sequences=sequences))
+    for level in LEVELS:
+        mine = parallel(sharded(name, level, reproducible=False, sequences=sequences))
+        np.testing.assert_allclose(mine[0], losses, rtol=1e-5)
+        np.testing.assert_allclose(mine[1], norms, rtol=1e-4)
+        for parameter, value in parameters.items():
+            torch.testing.assert_close(mine[2][parameter], value, rtol=1e-4, atol=1e-5, msg=parameter)
+        bits = b"".join(value.contiguous().numpy().tobytes() for value in mine[2].values())
+        held = comm.allgather((mine[:2], bits))
+        everywhere(comm, all(other == held[0] for other in held), f"level {level}")
+
+
+@pytest.mark.ranks(min=4)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+def test_two_stages_of_two_replicas_have_the_bits_of_one_rank(schedule, comm):
+    """Every level, with messages that MPI may not buffer."""
+    expected = alone(configuration())
+    for level in LEVELS:
+        config = sharded("tree", level, pp=2, schedule=schedule)
+        everywhere(comm, same(expected, parallel(config, synchronous=True)), f"level {level}")
+
+
+@pytest.mark.ranks(min=2, max=2)
+@pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_code_has_the_bits_of_one_rank(precision, comm):
+    """What it keeps for the backward pass lies in weights that go and come again."""
+    expected = alone(configuration(), precision=precision, compiled=True)
+    everywhere(comm, same(expected, parallel(sharded("tree", 3), precision=precision, compiled=True)))
+
+
+@every_level
+def test_without_a_second_thread_the_bits_are_the_same(level, comm, monkeypatch):
+    """An MPI that is called from one thread only gathers when weights are needed."""
+    monkeypatch.setattr(assemble, "_worker", lambda world, mesh: Inline())
+    collective = "tree" if power_of_two(comm.size) else "shared"
+    everywhere(comm, same(alone(configuration()), parallel(sharded(collective, level))))
+
+
+@pytest.mark.ranks(min=2)
+def test_tied_embeddings(comm):
+    """One matrix at both ends, gathered for each."""
+    collective = "tree" if power_of_two(comm.size) else "shared"
+    expected = alone(configuration(tied=True))
+    for level in LEVELS:
+        everywhere(comm, same(expected, parallel(sharded(collective, level, tied=True))), f"level {level}")
+
+
+@pytest.mark.ranks(min=2, max=2)
+def test_ranks_with_different_numbers_of_slots_stay_at_level_1(comm, capfd):
+    """It is said, and trains all the same."""
+    config = sharded("ring", 3, reproducible=False, sequences=7)
+    mine = parallel(config)
+    told = capfd.readouterr().err
+    assert comm.rank > 0 or "have 3, 4 micro-batches" in told
+    np.testing.assert_allclose(mine[0], alone(configuration(reproducible=False, sequences=7))[0], rtol=1e-5)
+
+
+def batch_of(core, step=0):
+    """This rank's slots of a step."""
+    tokens = windows(step).reshape(-1, 1, LENGTH + 1)[list(core.slots)]
+    return Batch(tokens[..., :-1], tokens[..., 1:], None)
+
+
+@every_level
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_is_what_the_arithmetic_says(level, precision, comm):
+    """Counted from parameters and ranks alone; every parameter of the small model is padded to whole blocks."""
+    if not power_of_two(comm.size):
+        pytest.skip("level 1 in reproducible mode")
+    with session() as world:
+        core = build(sharded("tree", level), world, precision=precision)
+        core.pipeline.run(batch_of(core))
+        core.update.begin(0)
+        core.sync.step(core.update)
+        held, parameters = core.sync.memory(), core.parameters()
+        world.comm.Barrier()
+    modules = {}
+    for name, parameter in parameters.items():
+        blocks = -(-parameter.numel() // BLOCK)
+        module = name.rpartition("layers.")[2].split(".")[0] if level > 1 else name
+        modules[module] = modules.get(module, 0) + blocks * BLOCK
+    if level > 1:
+        modules = {module: max(count, comm.size * BLOCK) for module, count in modules.items()}
+        mine = sum(segments(count, comm.size)[comm.rank].stop - segments(count, comm.size)[comm.rank].start
+                   for count in modules.values())
+    else:
+        mine = sum(bucket.own.stop - bucket.own.start for bucket in core.sync.buckets)
+        assert sum(comm.allgather(mine)) == sum(bucket.layout.count for bucket in core.sync.buckets)
+    whole, width = sum(modules.values()), 2 if precision == "bf16" else 4
+    slots = SEQUENCES // comm.size
+    counter = max(1, (slots - 1).bit_length())
+    sizes = list(modules.values())[::-1]
+    rooms = max(sizes[::2]) + max(sizes[1::2])
+    padded = sum(bucket.layout.count for bucket in core.sync.buckets)
+    expected = {"optimizer": 2 * 4 * mine,
+                "gradients": 4 * counter * padded if level == 1 else 4 * (counter * mine + rooms)}
+    if level < 3 or comm.size == 1:
+        expected |= {"weights": width * (padded if level == 1 else whole), "masters": 4 * mine if width == 2 else 0}
+    else:
+        expected |= {"weights": width * 2 * max(sizes), "masters": 4 * mine}
+    everywhere(comm, held["weights"] <= expected.pop("weights"), str(held))
+    everywhere(comm, {kind: held[kind] for kind in expected} == expected, f"{held} {expected}")
+    everywhere(comm, held["weights"] > 0)
+
+
+@pytest.mark.ranks(min=2)
+def test_weights_are_there_only_while_they_are_needed(comm):
+    """Two modules' at a time; and only zeros are left of those that went, under the same address."""
+    collective = "ring"
+    with session() as world:
+        core = build(sharded(collective, 3, reproducible=False, sequences=2 * comm.size), world)
+        weights = [bucket.weights for bucket in core.sync.buckets]
+        seen = []
+        core.parts[0].layers["1"].register_forward_pre_hook(
+            lambda *_: seen.append([bool(weight.array.any()) for weight in weights]))
+        addresses = [weight.array.ctypes.data for weight in weights]
+        tokens = np.zeros((len(core.slots), 1, LENGTH + 1), np.int64)
+        core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
+        core.sync.worker.wait()
+        # buckets: head, norm, layer 1, layer 0, embedding; the norm may be on its way already
+        everywhere(comm, all([row[0], *row[2:]] == [False, True, False, False] for row in seen), str(seen))
+        everywhere(comm, not any(weight.array.any() for weight in weights[:-1]), "all but the embedding's are gone")
+        everywhere(comm, [weight.array.ctypes.data for weight in weights] == addresses)
+        world.comm.Barrier()
+
+
+def test_gathered_weights_go_back_to_the_system(comm):
+    """Unwritten memory of a process is zero."""
+    class Everyone:
+        """A collective whose other ranks have ones."""
+
+        def allgather(self, buffer):
+            buffer[2:] = 1
+
+    tally = Tally()
+    weights = Gathered(4, slice(0, 2), torch.float32, Everyone(), Inline(), tally)
+    for value in (3.0, 4.0):
+        weights.masters[:] = value
+        weights.wait()
+        assert (weights.flat.tolist(), tally.now) == ([value, value, 1, 1], 16)
+        weights.release()
+        assert (weights.flat.tolist(), tally.now, tally.most) == ([0, 0, 0, 0], 0, 16)
+
+
+@every_level
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(level, comm):
+    """Nothing changes anywhere, and the next step is made with the weights of before."""
+    collective = "tree" if power_of_two(comm.size) else "shared"
+    with session() as world:
+        core = build(sharded(collective, level), world)
+        norm = core.parts[-1].norm.weight
+        poison = norm.register_hook(lambda g: g * np.nan) if comm.rank == comm.size - 1 else None
+        norms = []
+        for step in range(2):
+            core.pipeline.run(batch_of(core))
+            core.update.begin(step)
+            core.sync.step(core.update)
+            norms.append(core.sync.grad_norm)
+            everywhere(comm, (core.update.applied, core.update.skipped) == (step, 1))
+            if poison:
+                poison.remove()
+        world.comm.Barrier()
+    assert np.isnan(norms[0])
+    assert norms[1] == alone(configuration())[1][0]
+
+
+@pytest.mark.ranks(min=2)
+def test_a_model_that_does_not_tell_what_computes_is_refused(comm):
+    """Its weights would be zeros."""
+    with session() as world:
+        core = build(sharded("ring", 3, reproducible=False, sequences=2 * comm.size), world)
+        core.parts[0].around = lambda module, run, x, *rest: run(x, *rest)
+        tokens = np.zeros((len(core.slots), 1, LENGTH + 1), np.int64)
+        with pytest.raises(UserError, match=r"--sync\.level 2"):
+            core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
+        world.comm.Barrier()
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_evaluation_with_different_numbers_of_slots(level, comm):
+    """All ranks do as many passes, and the loss is that of one rank."""
+    with session() as world:
+        core = build(sharded("shared" if not power_of_two(comm.size) else "tree", level), world)
+        tokens = windows(0)[:comm.size + 1].reshape(-1, 1, LENGTH + 1)
+        runs = [range(rank, rank + 1) for rank in range(comm.size - 1)] + [range(comm.size - 1, comm.size + 1)]
+        mine = tokens[runs[comm.rank].start:runs[comm.rank].stop]
+        batch = filled(Batch(mine[..., :-1], mine[..., 1:], None), 2)
+        loss = Losses(comm, runs, MPI.COMM_SELF).mean(core.pipeline.evaluate(batch)[:len(mine)])
+        everyone = Batch(tokens[..., :-1], tokens[..., 1:], None)
+        losses = core.pipeline.evaluate(everyone)
+        everywhere(comm, loss == math.fsum(losses) / losses.size, f"{loss} {losses}")
+        world.comm.Barrier()
