@@ -82,6 +82,21 @@ def test_stopping_and_resuming_as_another_pipeline_gives_the_same_bits(train, ru
 
 @pytest.mark.serial
 @pytest.mark.slow
+def test_stopping_and_resuming_with_memory_divided_otherwise_gives_the_same_bits(train, tmp_path):
+    """Two steps on two replicas of two stages at level 2, the rest on two ranks at level 3, which gather weights for
+    the validation too."""
+    exact = {"run.precision": "fp32"}
+    undisturbed = train(1, tmp_path / "whole", **exact)
+    pieces = tmp_path / "pieces"
+    sharded = exact | {"sync.kind": "sharded", "sync.collective": "tree"}
+    train(4, pieces, **sharded, **{"sync.level": 2, "parallel.pp": 2})
+    for step in (4, STEPS):
+        shutil.rmtree(pieces / "checkpoints" / f"step-{step:08}")
+    assert train(2, pieces, **sharded, **{"sync.level": 3}) == undisturbed
+
+
+@pytest.mark.serial
+@pytest.mark.slow
 def test_a_compiled_pipeline_gives_the_same_bits(train, tmp_path):
     """Also where a schedule splits its backward passes, and where blocks are computed again."""
     compiled = {"run.compile": "on", "run.steps": 3, "checkpoint.every": 0}
