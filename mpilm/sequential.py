@@ -29,7 +29,7 @@ from mpilm.parallel.layers import Layers
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.parallel.share import broadcast, require_alike
-from mpilm.sync.allreduce import Allreduce
+from mpilm.sync import Synchronizer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,6 +38,9 @@ def build(layers: nn.Sequential | Sequence[nn.Module], loss: Loss, inputs: Any, 
           world: World, *, optimizer: str = "adamw") -> Model:
     """See `hybrid.model`. Collective over `world.comm`."""
     options.check(config)
+    if config.sync.kind == "sharded" and config.sync.level == 3:
+        raise UserError("sync.level 3: layers of your own do not say when they compute, so their weights can't come "
+                        "and go; give level 2.")
     torch.set_num_threads(config.run.threads or (1 if config.run.reproducible else world.threads))
     named = deal.named(layers)
     data = _arrays(inputs, targets)
@@ -101,7 +104,7 @@ class Model:
         self.steps_done = 0
         self.grad_norm = math.nan
 
-    def _synchronizer(self, world: World) -> Allreduce:
+    def _synchronizer(self, world: World) -> Synchronizer[Any]:
         """Takes the parameters over with the values that they have."""
         parameters = {name: parameter for chunk in self.chunks for name, parameter in chunk.named_parameters()}
         values = {name: parameter.detach().float().reshape(-1).numpy() for name, parameter in parameters.items()}
@@ -120,10 +123,10 @@ class Model:
         Raises:
             UserError: The gradient norm was NaN or infinite `run.max_skipped` times in a row.
         """
-        ids = self.sampler.ids(self.steps_done).reshape(-1, self.size)[self.slots.start:self.slots.stop]
+        ids = self.sampler.ids(self.steps_done).reshape(-1, self.size)[list(self.slots)]
         # What a slot draws at random depends on the seed, the step and the slot.
-        first = self.steps_done * (self.config.data.global_batch_size // self.size) + self.slots.start
-        keys = np.arange(first, first + len(ids), dtype=np.int64) * 2**20 + self.config.run.seed % 2**20
+        first = self.steps_done * (self.config.data.global_batch_size // self.size)
+        keys = (first + np.array(self.slots, np.int64)) * 2**20 + self.config.run.seed % 2**20
         mine = self.pipeline.run(Batch(self.inputs[ids], self.targets[ids], keys))
         self.update.begin(self.steps_done)
         self.sync.step(self.update)

@@ -39,6 +39,10 @@ class Compressed(Collective):
             self.exchanges[place] = Exchange(self.codec, self.comm, buffer.size)
         self.exchanges[place].reduce(buffer)
 
+    def reduce_scatter(self, buffer: np.ndarray) -> None:
+        """As allreduce: residuals are those of whole buffers."""
+        self.allreduce(buffer)
+
     def free(self) -> None:
         """Give the communicators back. Collective over `comm`."""
         self.collective.free()

@@ -15,6 +15,7 @@ from mpilm.comm.worker import Inline
 from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.log import UserError
+from mpilm.options import parse
 from mpilm.parallel.losses import Losses
 from mpilm.sync._weights import Gathered, Tally
 from mpilm.validation import filled
@@ -106,12 +107,26 @@ def test_without_a_second_thread_the_bits_are_the_same(level, comm, monkeypatch)
 
 
 @pytest.mark.ranks(min=2)
-def test_tied_embeddings(comm):
-    """One matrix at both ends, gathered for each."""
+@pytest.mark.parametrize("options", [{"tied": True}, {"recompute": True}], ids=str)
+def test_with_other_ways_to_save_memory(options, comm):
+    """One matrix at both ends, gathered for each; blocks that are computed again in the backward pass."""
     collective = "tree" if power_of_two(comm.size) else "shared"
-    expected = alone(configuration(tied=True))
+    expected = alone(configuration(**options))
     for level in LEVELS:
-        everywhere(comm, same(expected, parallel(sharded(collective, level, tied=True))), f"level {level}")
+        everywhere(comm, same(expected, parallel(sharded(collective, level, **options))), f"level {level}")
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(("options", "words"), [
+    ({"sync.level": 4}, "1, 2 or 3"),
+    ({"sync.level": 2, "parallel.schedule": "zb"}, "such as 1f1b"),
+    ({"sync.level": 3, "sync.compress": "int8", "run.reproducible": "false"}, "--sync.compress none"),
+])
+def test_what_cannot_be_divided_is_refused_with_the_remedy(options, words):
+    """Before anything is built."""
+    argv = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    with pytest.raises(UserError, match=words):
+        parse(["--sync.kind", "sharded", *argv])
 
 
 @pytest.mark.ranks(min=2, max=2)
