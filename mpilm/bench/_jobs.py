@@ -122,7 +122,7 @@ class Job:
             self._accept(listener)
 
     def _commands(self) -> list[list[str]]:
-        who = {"name": self.who.name, "file": self.who.file, "tuned": self.who.tuned}
+        who = {"name": self.who.name, "file": self.who.file, "tuned": self.who.tuned, "folder": self.who.folder}
         task = {"who": who, "variants": sorted(self.who.variants), "case": asdict(self.case),
                 "cores": self.cores, "directory": str(self.directory)}
         program = [sys.executable, "-m", "mpilm.bench._child", json.dumps(task)]

@@ -96,6 +96,7 @@ class Who:
     file: str
     variants: frozenset[str]
     tuned: bool
+    folder: str = __name__
 
     @property
     def ours(self) -> bool:
@@ -104,7 +105,7 @@ class Who:
 
     def load(self) -> Contender:
         """Its module; imports neither torch nor mpi4py."""
-        return _load(self.file)
+        return _load(self.file, self.folder)
 
 
 def files() -> list[str]:
@@ -123,12 +124,12 @@ def _plain(file: str) -> list[str]:
     return [file, *(f"{file}-{variant}" for variant in _load(file).VARIANTS)]
 
 
-def _load(file: str) -> Contender:
-    return cast(Contender, importlib.import_module(f"{__name__}.{file}"))
+def _load(file: str, folder: str = __name__) -> Contender:
+    return cast(Contender, importlib.import_module(f"{folder}.{file}"))
 
 
-def parse(name: str, *, known: list[str] | None = None) -> Who:
-    """Take a name apart.
+def parse(name: str, *, known: list[str] | None = None, folder: str = __name__) -> Who:
+    """Take a name apart; `known` are those of `folder`.
 
     Raises:
         UserError: There is no contender of that name.
@@ -137,4 +138,4 @@ def parse(name: str, *, known: list[str] | None = None) -> Who:
     if name not in known:
         raise UserError(f"--who {name}: there is no such contender; there are {', '.join(known)}.")
     file, *variants = name.split("-")
-    return Who(name, file, frozenset(variants) - {TUNED}, TUNED in variants)
+    return Who(name, file, frozenset(variants) - {TUNED}, TUNED in variants, folder)
