@@ -26,6 +26,17 @@ def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micr
                   parallel=Parallel(**parallel))
 
 
+def sharded(collective, level, **options):
+    """The same with memory divided over the ranks."""
+    return configuration(collective, kind="sharded", level=level, **options)
+
+
+def batch_of(core, step=0):
+    """This rank's slots of a step, of one sequence each."""
+    tokens = windows(step).reshape(-1, 1, LENGTH + 1)[list(core.slots)]
+    return Batch(tokens[..., :-1], tokens[..., 1:], None)
+
+
 def windows(step):
     """[SEQUENCES, LENGTH + 1] tokens of a step, the same on every rank."""
     return np.random.default_rng(step).integers(0, VOCAB, (SEQUENCES, LENGTH + 1))

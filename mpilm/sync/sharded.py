@@ -76,7 +76,8 @@ class Sharded(Synchronizer[Shard]):
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots, every_slot=self.level > 1)
         self.presence = self._build_presence(parameters)
         say(f"sharded, level {self.level}: rank 0 holds "
-            + ", ".join(f"{nbytes / MIB:.1f} MiB of {kind}" for kind, nbytes in self.memory().items() if nbytes))
+            + ", ".join(f"{nbytes / MIB:.1f} MiB of {kind}" for kind, nbytes in self.memory().items() if nbytes)
+            + (", and weights of two modules at a time" if self.presence else ""))
 
     def _build_rooms(self, layouts: Sequence[Layout], worker: Worker | Inline) -> list[Room]:
         """Buckets take turns in them; none at level 1."""

@@ -1,4 +1,4 @@
-"""Memory divided over the ranks, at every level, by every collective: the bits of one rank, and less memory."""
+"""Memory divided over the ranks, at every level, by every collective: the bits of one rank."""
 
 from __future__ import annotations
 
@@ -10,26 +10,20 @@ import torch
 from mpi4py import MPI
 
 from mpilm import assemble
-from mpilm.comm.order import BLOCK, segments
 from mpilm.comm.worker import Inline
 from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.log import UserError
 from mpilm.options import parse
 from mpilm.parallel.losses import Losses
-from mpilm.sync._weights import Gathered, Tally
 from mpilm.validation import filled
+from tests import hybrid_cases
 from tests.helpers import everywhere
-from tests.training_cases import LENGTH, SEQUENCES, alone, build, configuration, parallel, windows
+from tests.training_cases import LENGTH, SEQUENCES, alone, batch_of, build, configuration, parallel, sharded, windows
 
 LEVELS = (1, 2, 3)
 every_level = pytest.mark.parametrize("level", LEVELS)
 fixed_order = pytest.mark.parametrize("name", ["shared", "tree"])
-
-
-def sharded(collective, level, **options):
-    """The small model's configuration."""
-    return configuration(collective, kind="sharded", level=level, **options)
 
 
 def same(one, other):
@@ -116,6 +110,28 @@ def test_with_other_ways_to_save_memory(options, comm):
         everywhere(comm, same(expected, parallel(sharded(collective, level, **options))), f"level {level}")
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_layers_of_ones_own(level, comm):
+    """With chance in them: what a slot draws does not depend on whose it is."""
+    config = hybrid_cases.configuration(pp=2 - comm.size % 2)
+    config.sync.kind, config.sync.level = "sharded", level
+    with hybrid_cases.alone(hybrid_cases.perceptron(), hybrid_cases.configuration()) as model:
+        expected = hybrid_cases.course(model)
+    with hybrid_cases.everyone(hybrid_cases.perceptron(), config) as model:
+        everywhere(comm, hybrid_cases.same(expected, hybrid_cases.course(model)))
+    config.sync.level = 3
+    with pytest.raises(UserError, match="give level 2"), hybrid_cases.everyone(hybrid_cases.perceptron(), config):
+        pass
+
+
+def test_with_compressed_gradients(comm):
+    """At level 1, as without dividing: every value is rounded by itself."""
+    configs = [configuration("ring", reproducible=False), sharded("ring", 1, reproducible=False)]
+    for config in configs:
+        config.sync.compress = "bf16"
+    everywhere(comm, same(*map(parallel, configs)))
+
+
 @pytest.mark.serial
 @pytest.mark.parametrize(("options", "words"), [
     ({"sync.level": 4}, "1, 2 or 3"),
@@ -137,93 +153,6 @@ def test_ranks_with_different_numbers_of_slots_stay_at_level_1(comm, capfd):
     told = capfd.readouterr().err
     assert comm.rank > 0 or "have 3, 4 micro-batches" in told
     np.testing.assert_allclose(mine[0], alone(configuration(reproducible=False, sequences=7))[0], rtol=1e-5)
-
-
-def batch_of(core, step=0):
-    """This rank's slots of a step."""
-    tokens = windows(step).reshape(-1, 1, LENGTH + 1)[list(core.slots)]
-    return Batch(tokens[..., :-1], tokens[..., 1:], None)
-
-
-@every_level
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memory_is_what_the_arithmetic_says(level, precision, comm):
-    """Counted from parameters and ranks alone; every parameter of the small model is padded to whole blocks."""
-    if not power_of_two(comm.size):
-        pytest.skip("level 1 in reproducible mode")
-    with session() as world:
-        core = build(sharded("tree", level), world, precision=precision)
-        core.pipeline.run(batch_of(core))
-        core.update.begin(0)
-        core.sync.step(core.update)
-        held, parameters = core.sync.memory(), core.parameters()
-        world.comm.Barrier()
-    modules = {}
-    for name, parameter in parameters.items():
-        blocks = -(-parameter.numel() // BLOCK)
-        module = name.rpartition("layers.")[2].split(".")[0] if level > 1 else name
-        modules[module] = modules.get(module, 0) + blocks * BLOCK
-    if level > 1:
-        modules = {module: max(count, comm.size * BLOCK) for module, count in modules.items()}
-        mine = sum(segments(count, comm.size)[comm.rank].stop - segments(count, comm.size)[comm.rank].start
-                   for count in modules.values())
-    else:
-        mine = sum(bucket.own.stop - bucket.own.start for bucket in core.sync.buckets)
-        assert sum(comm.allgather(mine)) == sum(bucket.layout.count for bucket in core.sync.buckets)
-    whole, width = sum(modules.values()), 2 if precision == "bf16" else 4
-    slots = SEQUENCES // comm.size
-    counter = max(1, (slots - 1).bit_length())
-    sizes = list(modules.values())[::-1]
-    rooms = max(sizes[::2]) + max(sizes[1::2])
-    padded = sum(bucket.layout.count for bucket in core.sync.buckets)
-    expected = {"optimizer": 2 * 4 * mine,
-                "gradients": 4 * counter * padded if level == 1 else 4 * (counter * mine + rooms)}
-    if level < 3 or comm.size == 1:
-        expected |= {"weights": width * (padded if level == 1 else whole), "masters": 4 * mine if width == 2 else 0}
-    else:
-        expected |= {"weights": width * 2 * max(sizes), "masters": 4 * mine}
-    everywhere(comm, held["weights"] <= expected.pop("weights"), str(held))
-    everywhere(comm, {kind: held[kind] for kind in expected} == expected, f"{held} {expected}")
-    everywhere(comm, held["weights"] > 0)
-
-
-@pytest.mark.ranks(min=2)
-def test_weights_are_there_only_while_they_are_needed(comm):
-    """Two modules' at a time; and only zeros are left of those that went, under the same address."""
-    collective = "ring"
-    with session() as world:
-        core = build(sharded(collective, 3, reproducible=False, sequences=2 * comm.size), world)
-        weights = [bucket.weights for bucket in core.sync.buckets]
-        seen = []
-        core.parts[0].layers["1"].register_forward_pre_hook(
-            lambda *_: seen.append([bool(weight.array.any()) for weight in weights]))
-        addresses = [weight.array.ctypes.data for weight in weights]
-        tokens = np.zeros((len(core.slots), 1, LENGTH + 1), np.int64)
-        core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
-        core.sync.worker.wait()
-        # buckets: head, norm, layer 1, layer 0, embedding; the norm may be on its way already
-        everywhere(comm, all([row[0], *row[2:]] == [False, True, False, False] for row in seen), str(seen))
-        everywhere(comm, not any(weight.array.any() for weight in weights[:-1]), "all but the embedding's are gone")
-        everywhere(comm, [weight.array.ctypes.data for weight in weights] == addresses)
-        world.comm.Barrier()
-
-
-def test_gathered_weights_go_back_to_the_system(comm):
-    """Unwritten memory of a process is zero."""
-    class Everyone:
-        """A collective whose other ranks have ones."""
-
-        def allgather(self, buffer):
-            buffer[2:] = 1
-
-    tally = Tally()
-    weights = Gathered(4, slice(0, 2), torch.float32, Everyone(), Inline(), tally)
-    for value in (3.0, 4.0):
-        weights.masters[:] = value
-        weights.wait()
-        assert (weights.flat.tolist(), tally.now) == ([value, value, 1, 1], 16)
-        weights.release()
-        assert (weights.flat.tolist(), tally.now, tally.most) == ([0, 0, 0, 0], 0, 16)
 
 
 @every_level
