@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpilm import placement
-from mpilm.bench._contenders import Case, Place, Step, Who
+from mpilm.bench._contenders import Case, Place, Step, Telling, Who
 
 SOCKET = "socket"
 RENDEZVOUS = "rendezvous"
@@ -65,14 +65,19 @@ def serve(step: Step, rank: int, path: str) -> None:
         with connection.makefile("r", encoding="utf-8") as commands:
             _send(connection, {"rank": rank, "pid": os.getpid()})
             for line in commands:
-                _send(connection, _run(step, json.loads(line)["steps"]))
+                _send(connection, {"rank": rank} | _run(step, json.loads(line)["steps"]))
 
 
 def _run(step: Step, steps: int) -> dict[str, Any]:
     start = time.perf_counter()
-    losses = [step() for _ in range(steps)]
+    losses, told = [], dict[str, float]()
+    for _ in range(steps):
+        losses.append(step())
+        for key, value in step.seconds.items() if isinstance(step, Telling) else ():
+            told[key] = told.get(key, 0.0) + value
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "losses": losses, "max_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return {"seconds": seconds, "losses": losses, "max_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "told": told}
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ class Job:
         self.directory = Path(tempfile.mkdtemp(prefix="mpilm-bench-"))
         self.max_rss = 0
         self.loss = float("nan")
+        self.told: list[dict[str, float]] = []  # seconds by what for, of every process in the last run
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
         self._files: list[IO[str]] = []
@@ -85,6 +86,7 @@ class Job:
             raise JobError(self._report("ended")) from None
         replies = self._replies()
         self.max_rss = max(self.max_rss, *(reply["max_rss_kib"] * 1024 for reply in replies))
+        self.told = [reply["told"] for reply in sorted(replies, key=lambda reply: int(reply["rank"]))]
         self.loss = sum(reply["losses"][-1] for reply in replies) / len(replies)
         if not abs(self.loss) < float("inf"):
             raise JobError(f"{self.who.name}: the loss is {self.loss}.")

@@ -7,27 +7,35 @@ not. What they parse becomes keyword arguments of `run`.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-from mpilm.bench import _contenders, _shardings
+from mpilm.bench import _contenders, _pipelines, _shardings
 
 
 def train(parser: argparse.ArgumentParser) -> None:
     """Of `bench/train.py`."""
-    cases, names = ",".join(_contenders.MEASURED), ",".join(_contenders.names())
-    parser.add_argument("--case", default=cases, metavar="CASE,...",
-                        help=f"which models of {', '.join(_contenders.CASES)} (default: %(default)s)")
-    parser.add_argument("--who", default=names, metavar="NAME,...",
-                        help="which contenders; ratios are to ddp, else to the first peer (default: %(default)s)")
-    parser.add_argument("--rounds", type=_positive, default=5, help="turns of every contender (default: %(default)s)")
-    parser.add_argument("--steps", type=_positive, default=4, help="timed steps of a turn (default: %(default)s)")
+    names = _contenders.names()
+    _contest(parser, names, names, "contenders; ratios are to ddp, else to the first peer,")
 
 
 def sharded(parser: argparse.ArgumentParser) -> None:
     """Of `bench/sharded.py`."""
+    _contest(parser, _shardings.names(), _shardings.MEASURED, "contenders")
+
+
+def pipeline(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/pipeline.py`."""
+    _contest(parser, _pipelines.names(), _pipelines.MEASURED, "contenders")
+    parser.add_argument("--emulated", type=int, default=4, metavar="STAGES",
+                        help="also play schedules on so many stages whose passes sleep; 0: none (default: %(default)s)")
+
+
+def _contest(parser: argparse.ArgumentParser, names: Sequence[str], measured: Sequence[str], noun: str) -> None:
+    """The options of every benchmark in which contenders take turns."""
     parser.add_argument("--case", default=",".join(_contenders.MEASURED), metavar="CASE,...",
                         help=f"which models of {', '.join(_contenders.CASES)} (default: %(default)s)")
-    parser.add_argument("--who", default=",".join(_shardings.MEASURED), metavar="NAME,...",
-                        help=f"which of {', '.join(_shardings.names())} (default: %(default)s)")
+    parser.add_argument("--who", default=",".join(measured), metavar="NAME,...",
+                        help=f"which {noun} of {', '.join(names)} (default: %(default)s)")
     parser.add_argument("--rounds", type=_positive, default=5, help="turns of every contender (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=4, help="timed steps of a turn (default: %(default)s)")
 
@@ -38,4 +46,4 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-OPTIONS = {"train": train, "sharded": sharded}
+OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded}

@@ -45,6 +45,7 @@ class Results:
     rounds: list[dict[str, float]] = field(default_factory=list)
     peak_pss: dict[str, int] = field(default_factory=dict)
     max_rss: dict[str, int] = field(default_factory=dict)
+    told: dict[str, list[list[dict[str, float]]]] = field(default_factory=dict)  # of every round, of every process
     num_groups: int = 0
 
     def names(self) -> list[str]:
@@ -135,6 +136,7 @@ def _rounds(jobs: list[Job], plan: Plan, results: Results) -> list[Job]:
                 job.run(SETTLE_STEPS)
                 seen[job.who.name] = job.case.tokens * plan.steps / job.run(plan.steps)
                 results.max_rss[job.who.name] = job.max_rss
+                results.told.setdefault(job.who.name, []).append(job.told)
             except JobError as error:
                 warn(str(error))
                 jobs = [other for other in jobs if other is not job]

@@ -1,4 +1,4 @@
-"""Who takes part in the training benchmark: a menu, the first word of the name is the file.
+"""Who takes part in a benchmark of training steps: a menu, the first word of the name is the file.
 
     "ddp-compile-tuned"  is  ddp.py  with the variants "compile" and "tuned"
 
@@ -8,7 +8,8 @@ job of its own under mpirun), `VARIANTS` (the words that may follow its name), a
     contender(case, place) -> context manager of step() -> loss
 
 which is entered in a fresh process, pinned to `place.cores`, that has imported neither torch nor mpi4py. Every call of
-`step` trains on one global batch of random tokens and returns this rank's loss in nats per token.
+`step` trains on one global batch of random tokens and returns this rank's loss in nats per token. This is the menu of
+`bench train`; `bench pipeline` has its own folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 from mpilm.log import UserError
@@ -76,6 +77,17 @@ class Place:
     cores: tuple[int, ...]
     rendezvous: str
     variants: frozenset[str]
+
+
+@dataclass
+class Telling:
+    """A step that also tells where its time went: seconds of its last call, by what for."""
+
+    step: Step
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self) -> float:
+        return self.step()
 
 
 class Contender(Protocol):
