@@ -1,5 +1,5 @@
 # make train     set up .venv and train on this machine; ends with a sample of what the model writes
-# make test      the whole suite on 2, 1, 3 and 4 ranks
+# make test      the whole suite on 2, 1, 3 and 4 ranks, and every layout on 8
 # make lint      ruff, mypy, shellcheck
 # make bench     ours and what a user would pick instead, interleaved
 #
@@ -19,7 +19,7 @@ PYTEST := python -m pytest
 comma := ,
 MPI_EXTRA := $(filter-out none,$(MPI))
 
-.PHONY: train test test-1 test-2 test-3 test-4 lint bench
+.PHONY: train test test-1 test-2 test-3 test-4 test-8 lint bench
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.ready
@@ -31,6 +31,7 @@ test:
 	@$(MAKE) --no-print-directory test-1
 	@$(MAKE) --no-print-directory test-3
 	@$(MAKE) --no-print-directory test-4
+	@$(MAKE) --no-print-directory test-8
 
 test-2: $(VENV)/.ready-test
 	@$(ACTIVATE) && mpirun -np 2 $(PYTEST) $(ARGS)
@@ -40,6 +41,9 @@ test-1: $(VENV)/.ready-test
 
 test-3 test-4: test-%: $(VENV)/.ready-test
 	@$(ACTIVATE) && mpirun -np $* $(PYTEST) -m "not slow" $(ARGS)
+
+test-8: $(VENV)/.ready-test
+	@$(ACTIVATE) && mpirun -np 8 $(PYTEST) tests/test_contract.py $(ARGS)
 
 lint: $(VENV)/.ready-test
 	@$(ACTIVATE) && ruff check . && mypy && shellcheck .ci/run jobs/*.slurm

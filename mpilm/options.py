@@ -136,10 +136,6 @@ def _check_sharding(config: Config) -> None:
         raise UserError(f"--sync.compress {config.sync.compress} remembers what it left out of whole gradients, and "
                         f"--sync.level {config.sync.level} keeps none whole: give --sync.level 1, or "
                         "--sync.compress none.")
-    if config.sync.kind == "sharded" and config.sync.level > 1 and config.parallel.schedule == "zb":
-        raise UserError(f"--sync.level {config.sync.level} needs a module's gradients all at once, and "
-                        "--parallel.schedule zb puts some of them off: choose another schedule, such as 1f1b, or "
-                        "--sync.level 1.")
 
 
 def _check_shape(model: Model) -> None:

@@ -16,10 +16,10 @@ SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are n
 
 
 def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0,
-                  kind="allreduce", level=1, sequences=SEQUENCES, tied=False, **parallel):
+                  kind="allreduce", level=1, sequences=SEQUENCES, tied=False, layers=2, **parallel):
     """A small model and a step of eight sequences, or of fewer; `parallel`: options of that section."""
     return Config(run=Run(steps=STEPS, reproducible=reproducible),
-                  model=Model(layers=2, width=64, heads=4, kv_heads=2, tied_embeddings=tied),
+                  model=Model(layers=layers, width=64, heads=4, kv_heads=2, tied_embeddings=tied),
                   data=Data(sequence_length=LENGTH, global_batch_size=sequences, micro_batch_size=micro_batch_size),
                   optim=Optim(lr=1e-2, warmup_steps=2, clip=clip, eps=SMOOTH),
                   sync=Sync(kind=kind, level=level, collective=collective, bucket_mib=bucket_mib),

@@ -29,8 +29,11 @@ from mpilm.parallel.schedules import Action, Kind, Schedule
 class Slots(Protocol):
     """Whoever collects gradients wants to know which slot they belong to."""
 
-    def begin_slot(self, slot: int, names: Collection[str]) -> None:
-        """The next backward pass is that of my slot number `slot`; it gives the gradients of the parameters `names`."""
+    def begin_slot(self, slot: int, names: Collection[str], later: Collection[str] = ()) -> None:
+        """The next backward pass is that of my slot number `slot`; it gives the gradients of the parameters `names`.
+
+        Those of `later` come in another pass of that slot; passes of other slots may come in between.
+        """
 
     def end_slot(self) -> None:
         """That backward pass is over."""
@@ -141,7 +144,7 @@ class Pipeline:
     def _input(self, action: Action) -> None:
         output, hidden = self.graphs.pop((action.chunk, action.micro_batch))
         deferred, gradient = self.deferred[action.chunk], self._received(action)
-        self.slots.begin_slot(action.micro_batch, deferred.early)
+        self.slots.begin_slot(action.micro_batch, deferred.early, deferred.late)
         half = self.halves[action.chunk, action.micro_batch] = deferred.backward(output, gradient, hidden)
         self.slots.end_slot()
         self._send(action, half.input_gradient)
@@ -174,7 +177,7 @@ def alone(model: GPT) -> Pipeline:
 class _Nobody:
     """Takes no gradients."""
 
-    def begin_slot(self, slot: int, names: Collection[str]) -> None: ...
+    def begin_slot(self, slot: int, names: Collection[str], later: Collection[str] = ()) -> None: ...
 
     def end_slot(self) -> None: ...
 

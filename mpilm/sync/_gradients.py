@@ -7,6 +7,8 @@
                 backward of a slot     | bucket 0: room 0 | bucket 1: room 1 | bucket 2: room 0, once 0 is through |
                 communication thread                      | bucket 0 ------> | bucket 1 ------>
 
+                A backward pass in two halves has places of several slots under way: one in the room, others beside.
+
 Both add slots by the binary counter of _slots.py. `Passing` sums over ranks before it sums over slots, so in the fixed
 order the k-th slots of all ranks must be a subtree: they are dealt in turns (order.turns).
 """
@@ -45,7 +47,7 @@ class Gradients(Protocol):
     def depart(self, slot: int) -> Callable[[], None]:
         """The gradients of `slot` are all there; returns what the communication thread has to do. Collective."""
 
-    def departed(self, future: Future[Any]) -> None:
+    def departed(self, slot: int, future: Future[Any]) -> None:
         """It will be done when `future` is."""
 
 
@@ -72,7 +74,7 @@ class Whole:
         """As Gradients; it is called for the last slot only."""
         return lambda: self._reduce(self.reduced)
 
-    def departed(self, future: Future[Any]) -> None:
+    def departed(self, slot: int, future: Future[Any]) -> None:
         """As Gradients."""
 
 
@@ -107,42 +109,43 @@ class Passing:
         self.sums = [torch.zeros(own.stop - own.start) for _ in range(_buffers(visits))]
         self.own = self.sums[0]
         self.nbytes = sum(total.nbytes for total in self.sums)
-        self.place: np.ndarray | None = None
-        self.in_room = False
+        self.places: dict[int, np.ndarray] = {}     # by slot: a backward pass in two halves has several under way
+        self.in_room: int | None = None             # the slot whose place is there
 
     def visit(self, member: Member, slot: int, gradient: torch.Tensor | None) -> None:
         """As Gradients."""
-        if self.place is None:
-            self.place = self._take()
-        into = torch.from_numpy(self.place[member.start:member.start + member.count])
+        if slot not in self.places:
+            self.places[slot] = self._take(slot)
+        into = torch.from_numpy(self.places[slot][member.start:member.start + member.count])
         if gradient is None:
             into.zero_()
         else:
             into.copy_(gradient.reshape(-1))
 
-    def _take(self) -> np.ndarray:
+    def _take(self, slot: int) -> np.ndarray:
         """A place for a slot; gaps between members are zero. Memory of its own where the room is in use."""
         place = self.room.take(self.layout.count)
-        self.in_room = place is not None
         if place is None:
             place = arrays.zeros(self.layout.count, np.float32)
+        else:
+            self.in_room = slot
         for gap in self.layout.gaps():
             place[gap] = 0
         return place
 
     def depart(self, slot: int) -> Callable[[], None]:
         """As Gradients."""
-        place, self.place = self.place, None
-        assert place is not None, "nothing has come"
+        place = self.places.pop(slot)
 
         def pass_on() -> None:
             self.collective.reduce_scatter(place)
             count(self.sums, slice(None), self.visits[slot], torch.from_numpy(place[self.segment]))
         return pass_on
 
-    def departed(self, future: Future[Any]) -> None:
+    def departed(self, slot: int, future: Future[Any]) -> None:
         """As Gradients."""
-        if self.in_room:
+        if slot == self.in_room:
+            self.in_room = None
             self.room.leave(future)
 
 

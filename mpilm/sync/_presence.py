@@ -48,7 +48,7 @@ class Presence:
     def _before_backward(self, needed: list[int], *, tied: bool) -> None:
         ahead = needed[0] - 1 if needed and not tied else -1
         self._enter(needed, -1 if ahead in self.lookups else ahead)
-        self.lingering = []
+        self.lingering = needed
 
     def _enter(self, needed: list[int], ahead: int) -> None:
         for index in self.lingering:

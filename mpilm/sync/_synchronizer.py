@@ -61,6 +61,7 @@ class Synchronizer(ABC, Generic[AnyBucket]):
         self.missing: set[str] = set()      # parameters that the backward pass in hand has not reached yet
         self.slot = 0
         self.departures = self._all_departures(self.places)
+        self.unfinished: dict[int, Departures] = {}     # of slots whose backward pass has been done in part
         self.counts: list[int] = stages.allgather(sum(bucket.layout.count for bucket in self.buckets))
         self.grad_norm = math.nan
         self.seconds = {"comm_s": 0.0, "optim_s": 0.0}
@@ -85,14 +86,18 @@ class Synchronizer(ABC, Generic[AnyBucket]):
         """run(x, *rest): the forward pass of `module`, with its weights there for it and for its backward pass."""
         return run(x, *rest)
 
-    def begin_slot(self, slot: int, names: Collection[str]) -> None:
+    def begin_slot(self, slot: int, names: Collection[str], later: Collection[str] = ()) -> None:
         """The backward pass that comes next is that of this rank's slot number `slot` through the parameters `names`.
 
-        A parameter's slots come in ascending order; those of different parameters may come in between.
+        Those of `later` come in another pass of that slot. A parameter's slots come in ascending order; those of
+        different parameters may come in between.
         """
         self.slot, self.missing = slot, set(names)
         if self.every_slot:
-            self.departures = self._all_departures(names)
+            begun = slot in self.unfinished
+            self.departures = self.unfinished.pop(slot) if begun else self._all_departures({*names, *later})
+            if later:
+                self.unfinished[slot] = self.departures
 
     def end_slot(self) -> None:
         """The backward pass is over: parameters that it did not reach have gradients of zero."""
@@ -109,7 +114,7 @@ class Synchronizer(ABC, Generic[AnyBucket]):
 
     def _send(self, bucket: AnyBucket) -> None:
         work = bucket.depart(self.slot, last=self.slot == self.last_slot)
-        bucket.gradients.departed(self.worker.submit(work))
+        bucket.gradients.departed(self.slot, self.worker.submit(work))
 
     def step(self, update: Update) -> None:
         """Agree on the gradients and update; a NaN or infinite norm leaves everything as it was, on all ranks."""

@@ -122,7 +122,7 @@ def test_gradients_on_their_way_are_summed_whoever_is_in_the_room(worker, comm):
                 value = None if member.name == "0.b" else torch.full((3,), float(1 + comm.rank + slot))
                 gradients.visit(member, slot, value)
         for gradients in passing:
-            gradients.departed(worker.submit(gradients.depart(slot)))
+            gradients.departed(slot, worker.submit(gradients.depart(slot)))
     worker.wait()
     total = sum(1 + rank + slot for rank in range(comm.size) for slot in range(2))
     for gradients, own in zip(passing, owns, strict=True):

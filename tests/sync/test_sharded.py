@@ -74,7 +74,7 @@ def test_the_fast_mode_is_near(name, comm):
 
 
 @pytest.mark.ranks(min=4)
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb"])
 def test_two_stages_of_two_replicas_have_the_bits_of_one_rank(schedule, comm):
     """Every level, with messages that MPI may not buffer."""
     expected = alone(configuration())
@@ -135,7 +135,6 @@ def test_with_compressed_gradients(comm):
 @pytest.mark.serial
 @pytest.mark.parametrize(("options", "words"), [
     ({"sync.level": 4}, "1, 2 or 3"),
-    ({"sync.level": 2, "parallel.schedule": "zb"}, "such as 1f1b"),
     ({"sync.level": 3, "sync.compress": "int8", "run.reproducible": "false"}, "--sync.compress none"),
 ])
 def test_what_cannot_be_divided_is_refused_with_the_remedy(options, words):

@@ -76,7 +76,7 @@ class _Slots:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def begin_slot(self, slot: int, names: Collection[str]) -> None:
+    def begin_slot(self, slot: int, names: Collection[str], later: Collection[str] = ()) -> None:
         if LATE in names:
             time.sleep(self.seconds)
 
