@@ -24,7 +24,7 @@ from data_prep._readers import BAD
 from mpilm.data._format import INDEX, SPLITS, TOKENIZER, UNFINISHED
 from mpilm.launch import command, on_root, session
 from mpilm.lock import locked
-from mpilm.log import UserError, say, warn
+from mpilm.log import UserError, counted, say, warn
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -164,7 +164,8 @@ def _plan(inputs: Sequence[str | Path], folder: Path, encoder: Encoder,
         units = _units.divide(sources, validation=settings.validation, unit_bytes=unit_bytes)
         records = _job.start(folder, job, token_bytes=int(encoder.dtype[-1]))
     done = f", {len(records):,} of them done already" if records else ""
-    say(f"{len(sources):,} files, {sum(source.size for source in sources) / 1e6:,.1f} MB, in {len(units):,} units of "
+    size = sum(source.size for source in sources)
+    say(f"{counted(len(sources), 'file')}, {size / 1e6:,.1f} MB, in {counted(len(units), 'unit')} of "
         f"work{done}")
     if _units.is_lone_text(sources) and settings.validation:
         say("the input is one document: its end is the validation split")
@@ -236,10 +237,10 @@ def _tell(assembly: Assembly, records: list[Record], settings: Settings, folder:
         say(f"{notes['undecodable']:,} pieces of text held bytes that are not UTF-8; each became U+FFFD")
     tell_bad_lines(notes)
     if settings.validation and not assembly.num_documents("validation"):
-        warn(f"the validation split is empty: {assembly.num_documents('train'):,} documents are too few for "
+        warn(f"the validation split is empty: {counted(assembly.num_documents('train'), 'document')} are too few for "
              f"--validation {settings.validation}. Give a larger share, or more documents.")
     for split in SPLITS:
-        say(f"{split}: {assembly.num_tokens(split):,} tokens in {assembly.num_documents(split):,} documents")
+        say(f"{split}: {assembly.num_tokens(split):,} tokens in {counted(assembly.num_documents(split), 'document')}")
     say(f"{folder} is complete ({seconds:.1f} s)")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from data_prep._progress import Progress
 from mpilm.launch import command, session
-from mpilm.log import UserError, say
+from mpilm.log import UserError, counted, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,8 @@ def verify(directory: str | Path, comm: MPI.Comm) -> str:
     if found:
         raise UserError("\n".join(sorted(found)))
     tokens = sum(shard.num_tokens for lines in index.splits.values() for shard in lines)
-    return f"{folder}: {len(shards)} shards, {tokens:,} tokens, all as written; fingerprint {index.fingerprint}"
+    return (f"{folder}: {counted(len(shards), 'shard')}, {tokens:,} tokens, all as written; "
+            f"fingerprint {index.fingerprint}")
 
 
 def _errors(check: object, *args: object) -> list[str]:

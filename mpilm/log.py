@@ -49,6 +49,15 @@ class _Plain(logging.Formatter):
         return f"warning: {record.getMessage()}" if record.levelno >= logging.WARNING else record.getMessage()
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "rank"), counted(2000, "file")
+    ('1 rank', '2,000 files')
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def setup(rank: int, run_dir: str | Path | None = None) -> None:
     """Make rank 0 the one that talks, and append what it says to `run_dir`/log.txt.
 

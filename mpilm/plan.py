@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from mpilm import launch
-from mpilm.log import UserError, say
+from mpilm.log import UserError, counted, say
 
 CELL = 5            # characters of one unit of time
 MOST = 256          # ranks, chunks and micro-batches that anybody would scroll through
@@ -57,7 +57,7 @@ def drawing(name: str, ranks: int, num_microbatches: int, chunks: int = 1) -> st
     timeline = simulate.play(schedule.all_ranks(ranks, num_microbatches, chunks),
                              simulate.Cost(1 / chunks, 1 / chunks, 1 / chunks), chunks=chunks)
     held = max(timeline.in_flight(rank) for rank in range(ranks)) / chunks
-    lines = [f"{name}: {ranks} ranks" + (f" with {chunks} chunks each" if chunks > 1 else "")
+    lines = [f"{name}: {counted(ranks, 'rank')}" + (f" with {chunks} chunks each" if chunks > 1 else "")
              + f", {num_microbatches} micro-batches; bubble {timeline.bubble / timeline.end:.0%} of the step; "
              f"activations of {held:g} micro-batches at most"]
     for rank, passes in enumerate(timeline.ranks):

@@ -13,7 +13,7 @@ from torch import nn
 
 from mpilm.comm import order
 from mpilm.config import Config
-from mpilm.log import UserError
+from mpilm.log import UserError, counted
 from mpilm.parallel import layout, partition, schedules, trial
 from mpilm.parallel.trial import Seen
 
@@ -54,10 +54,11 @@ def check(config: Config, layers: int, ranks: int) -> None:
                if ranks % pp == 0 and pp * layout.num_chunks(config) <= layers and _slots(config, ranks // pp) is None]
     if parallel.pp not in fitting:
         stages, reason = parallel.pp * layout.num_chunks(config), _slots(config, max(1, ranks // parallel.pp))
-        why = (f"{ranks} ranks can't be divided into pipelines of {parallel.pp}." if ranks % parallel.pp
+        why = (f"{counted(ranks, 'rank')} can't be divided into pipelines of {parallel.pp}." if ranks % parallel.pp
                else f"{stages} stages are wanted, and there are {layers} layers." if stages > layers else reason)
         remedy = f"may be {', '.join(map(str, fitting))}" if fitting else "has no value that would work"
-        raise UserError(f"--parallel.pp {parallel.pp}: {why} With {ranks} ranks and these options it {remedy}.")
+        raise UserError(f"--parallel.pp {parallel.pp}: {why} With {counted(ranks, 'rank')} and these options it "
+                        f"{remedy}.")
 
 
 def _slots(config: Config, dp: int) -> str | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from mpilm.comm import order
 from mpilm.config import Config
-from mpilm.log import UserError
+from mpilm.log import UserError, counted
 from mpilm.model.shape import Shape
 from mpilm.parallel import partition, schedules
 
@@ -46,8 +46,8 @@ def _why_not(config: Config, shape: Shape, ranks: int, axes: Axes) -> str | None
     pp, cp, tp = axes
     if ranks % prod(axes):
         if cp == tp == 1:
-            return f"{ranks} ranks can't be divided into pipelines of {pp}."
-        return f"{ranks} ranks can't be divided into models of {' x '.join(map(str, axes))} (pp x cp x tp)."
+            return f"{counted(ranks, 'rank')} can't be divided into pipelines of {pp}."
+        return f"{counted(ranks, 'rank')} can't be divided into models of {' x '.join(map(str, axes))} (pp x cp x tp)."
     return (_stages_why_not(config, shape, pp) or _context_why_not(config, cp) or _tensor_why_not(shape, tp)
             or _slots_why_not(config, ranks // prod(axes)))
 
@@ -150,9 +150,9 @@ def _remedy(config: Config, shape: Shape, ranks: int, given: Axes) -> str:
         layouts = [Axes(*sizes) for sizes in product(_divisors(ranks), repeat=len(given))]
         changes = [_listed([_options(axes) for axes in layouts if works(axes)])]
         if not changes[0]:
-            return f"No layout works with {ranks} ranks and these options."
-        return f"With {ranks} ranks and these options these would work: {changes[0]}."
-    return f"With {ranks} ranks and these options {'; or '.join(changes)}."
+            return f"No layout works with {counted(ranks, 'rank')} and these options."
+        return f"With {counted(ranks, 'rank')} and these options these would work: {changes[0]}."
+    return f"With {counted(ranks, 'rank')} and these options {'; or '.join(changes)}."
 
 
 def _divisors(number: int) -> list[int]:
