@@ -12,7 +12,7 @@ from mpilm.log import UserError
 from tests.helpers import run_nested
 
 pytestmark = pytest.mark.serial
-WHO = ["mpilm-zb-eager", "torch-1f1b-eager"]
+WHO = ["mpilm-zb-eager", "torch-1f1b", "torch-1f1b-ours-eager"]
 ASLEEP = [f"mpilm-{name}" for name in _pipelines.ASLEEP]
 
 
@@ -50,7 +50,7 @@ def test_names_are_those_people_ask_for():
     names = _pipelines.names()
     assert set(_pipelines.MEASURED) <= set(names) and len(set(names)) == len(names)
     assert {"mpilm-1f1b", "mpilm-zb", "mpilm-gpipe", "mpilm-interleaved", "mpilm-dp", "torch-1f1b"} <= set(names)
-    found = _pipelines.who("torch-1f1b-eager-tuned")
-    assert (found.file, found.variants, found.tuned, found.ours) == ("torch", {"1f1b", "eager"}, True, False)
+    found = _pipelines.who("torch-1f1b-ours-eager-tuned")
+    assert (found.file, found.variants, found.tuned, found.ours) == ("torch", {"1f1b", "ours", "eager"}, True, False)
     with pytest.raises(UserError, match="there are mpilm-1f1b, "):
         _pipelines.who("gpipe")

@@ -3,8 +3,9 @@
     mpilm-1f1b, -zb, -gpipe, -interleaved     our pipeline over all ranks, by that schedule
     mpilm-dp                                  data parallel on the same ranks, the same micro-batches
     mpilm-dp-whole                            likewise, the share of a rank as one micro-batch
-    torch-1f1b                                torch.distributed.pipelining over Gloo, of the same blocks
-    ...-eager                                 without torch.compile; else blocks are compiled, ours and torch's
+    mpilm-...-eager                           without torch.compile
+    torch-1f1b, torch-1f1b-compile            torch.distributed.pipelining over Gloo, of transformers' Llama
+    torch-1f1b-ours, torch-1f1b-ours-eager    the same of our blocks, compiled or not: nothing but the pipeline differs
     torch-...-tuned                           with the malloc settings that ours starts under
 
 `emulated` is no contender: our executor and messages, with passes that sleep for as long as real ones take.
@@ -16,14 +17,15 @@ from mpilm.bench._contenders import TUNED, Who, parse
 
 MICRO_BATCHES = 8
 SCHEDULES = ("1f1b", "zb", "gpipe", "interleaved")
-MEASURED = (*(f"mpilm-{name}" for name in SCHEDULES), "mpilm-dp", "mpilm-dp-whole", "torch-1f1b", "torch-1f1b-tuned")
+MEASURED = (*(f"mpilm-{name}" for name in SCHEDULES), "mpilm-dp", "mpilm-dp-whole", "torch-1f1b", "torch-1f1b-compile",
+            "torch-1f1b-ours")
 ASLEEP = ("gpipe", "1f1b", "zb")
 EMULATED = Who("emulated", "emulated", frozenset(), False, __name__)
 
 
 def names() -> list[str]:
     """All there are to be named by --who."""
-    plain = [*MEASURED[:-1], "torch-1f1b-eager"]
+    plain = [*MEASURED, "torch-1f1b-ours-eager"]
     eager = [f"{name}-eager" for name in MEASURED if name.startswith("mpilm")]
     return [*plain, *eager, *(f"{name}-{TUNED}" for name in plain if name.startswith("torch"))]
 
