@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpilm.log import UserError
+from mpilm.log import UserError, counted
 
 if TYPE_CHECKING:
     from mpilm.checkpoint import Reader
@@ -80,15 +80,11 @@ def text(about: dict[str, Any]) -> str:
         ("parameters", f"{about['parameters']:,}"),
         ("weights_sha256", about["weights_sha256"]),
         ("tensors", f"{about['tensors']:,}, weights and optimizer state, {about['bytes'] / 1e6:,.1f} MB"),
-        ("written", f"by {_count(about['ranks'], 'rank')} into {_count(about['files'], 'file')}"),
+        ("written", f"by {counted(about['ranks'], 'rank')} into {counted(about['files'], 'file')}"),
         *_flat(about["meta"]),
     ]
     width = 2 + max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _flat(meta: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

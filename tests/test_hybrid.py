@@ -162,7 +162,7 @@ def twice():
     (lambda: [nn.Linear(12, 4), Pair()], {}, "makes a tuple"),
     (lambda: [nn.Linear(11, 4)], {}, r"Layer 0 \(Linear\) fails on a micro-batch of shape \(2, 12\)"),
     (list, {}, "There are no layers"),
-    (perceptron, {"pp": 7}, r"--parallel.pp 7: . ranks can't be divided .* may be 1"),
+    (perceptron, {"pp": 7}, r"--parallel.pp 7: . ranks? can't be divided .* may be 1"),
     (perceptron, {"pp": 1, "schedule": "interleaved", "chunks": 10}, "10 stages are wanted, and there are 9 layers"),
     (perceptron, {"tp": 2}, "--parallel.tp 2"),
     (perceptron, {"split": "4,4"}, "give how many of the 9 layers each of the 1 stages gets, such as 9"),

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from mpilm import inspect
 from tests import datasets
 
 STEPS = 6
@@ -31,10 +32,9 @@ def train(run_mpi, data):
         result = run_mpi(ranks, ["-m", "mpilm.train", *args], env=env)
         assert result.rc == 0, result.stdout + result.stderr
         assert says in result.stdout + result.stderr
-        inspected = run_mpi(1, ["-m", "mpilm.inspect", str(directory), "--json"])
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         courses = [(line["step"], line["loss"], line["grad_norm"], line.get("validation_loss")) for line in lines]
-        return courses, json.loads(inspected.stdout)["weights_sha256"]
+        return courses, inspect.describe(inspect.find(directory))["weights_sha256"]
     return run
 
 
@@ -55,10 +55,10 @@ def test_any_layout_gives_the_same_bits(train, tmp_path):
 def test_any_pipeline_gives_the_same_bits(train, tmp_path):
     """Replicas times stages, every schedule; four stages have one unit each: embedding, block, block, head.
 
-    Every combination is in parallel/test_pipeline.py; these are whole jobs, with validation and documents."""
+    Every combination is in test_contract.py; these are whole jobs, with validation and documents."""
     short = {"run.steps": 3, "checkpoint.every": 0, "run.precision": "bf16", "data.mask_documents": "true"}
     alone = train(1, tmp_path / "one", **short)
-    layouts = [(2, 2, "gpipe"), (2, 2, "zb"), (3, 3, "1f1b"), (4, 2, "interleaved"), (4, 4, "zb")]
+    layouts = [(3, 3, "1f1b"), (4, 2, "interleaved"), (4, 4, "zb")]
     for ranks, pp, schedule in layouts:
         options = {"parallel.pp": pp, "parallel.schedule": schedule} | short
         assert train(ranks, tmp_path / f"{ranks}-{pp}-{schedule}", **options) == alone, (ranks, pp, schedule)
@@ -112,8 +112,7 @@ def test_compiled_code_gives_the_same_bits(train, tmp_path):
     """Every rank compiles for itself; what it runs must not depend on how much of a step falls to it."""
     compiled = {"run.compile": "on", "log.validate_every": 0}
     alone = train(1, tmp_path / "one", **compiled)
-    for ranks in (2, 4):
-        assert train(ranks, tmp_path / str(ranks), **compiled) == alone, ranks
+    assert train(4, tmp_path / "four", **compiled) == alone
 
 
 @pytest.mark.serial
