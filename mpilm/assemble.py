@@ -28,10 +28,12 @@ from mpilm.launch import World, on_root
 from mpilm.log import UserError, say, warn
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
+from mpilm.model.context import WHOLE, Whole
 from mpilm.model.gpt import GPT
 from mpilm.model.shape import Shape
 from mpilm.optim import Update
 from mpilm.parallel import layout, schedules
+from mpilm.parallel.context import Ring
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Saver
@@ -134,7 +136,8 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     mesh = world.owns(Mesh.build(world.comm, dp=world.size // (pp * cp * tp), pp=pp, cp=cp, tp=tp))
     runs = layout.slots(config, mesh.dp.size, reproducible=decision.reproducible)
     slots = runs[mesh.dp.rank]
-    parts = [GPT(shape, units) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
+    context = _context(mesh)
+    parts = [GPT(shape, units, context) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype)
     for part in parts:
@@ -144,8 +147,14 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
         for part in parts:
             part.compile_parts()
     stages = Pipeline(parts, synchronizer, mesh.pp, schedule,
-                      num_slots=sum(map(len, runs)), dtype=decision.dtype)
-    return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.dp, runs, mesh.pp), update)
+                      num_slots=sum(map(len, runs)) * cp, dtype=decision.dtype)
+    return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.replicas, runs, mesh.pp), update)
+
+
+def _context(mesh: Mesh) -> Whole:
+    """Whom this rank shares its sequences with; alone it has kernels of its own for them, which keep more and ask less.
+    """
+    return Ring(mesh.cp) if mesh.cp.size > 1 else WHOLE
 
 
 def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
@@ -194,7 +203,7 @@ def _shared_bytes(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Paramete
 def _worker(world: World, mesh: Mesh) -> Worker | Inline:
     """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it, and
     from both at once where the backward pass sends messages too."""
-    level = "MULTIPLE" if mesh.pp.size > 1 else "SERIALIZED"
+    level = "MULTIPLE" if mesh.pp.size * mesh.cp.size > 1 else "SERIALIZED"
     if world.thread_level >= getattr(MPI, f"THREAD_{level}"):
         return Worker("communication")
     warn(f"this MPI runs without MPI_THREAD_{level}: gradients are summed after the backward pass, not during it.")
@@ -227,15 +236,16 @@ def _loader(config: Config, dataset: Dataset, slots: range) -> Loader:
 def _validation(config: Config, core: Core) -> Validation | None:
     if not config.log.validate_every:
         return None
-    return validation(config, core.pipeline, core.mesh.dp)
+    return validation(config, core.pipeline, core.mesh.replicas, share=core.mesh.cp.size)
 
 
-def validation(config: Config, stages: Pipeline, comm: Any) -> Validation:
-    """The configured validation, over the pipelines that `comm` connects."""
+def validation(config: Config, stages: Pipeline, comm: Any, *, share: int = 1) -> Validation:
+    """The configured validation, over the pipelines that `comm` connects; `share` of them have parts of one sequence.
+    """
     data = config.data
     return Validation(open_split(config, "validation"), stages, comm, sequences=config.log.validation_sequences,
                       sequence_length=data.sequence_length, micro_batch_size=data.micro_batch_size,
-                      mask_documents=data.mask_documents)
+                      mask_documents=data.mask_documents, share=share)
 
 
 def _metrics(config: Config, world: World, state: TrainState) -> Metrics:

@@ -123,7 +123,7 @@ class Parallel:
 
     Args:
         pp: Ranks of a pipeline; each holds some of the layers.
-        cp: Ranks that share every sequence.
+        cp: Ranks that share every sequence, which so can be longer: each has some of its tokens.
         tp: Ranks that share every layer.
         schedule: Order of a pipeline's work: gpipe, 1f1b, interleaved, or zb (zero bubble).
         chunks: Parts of the model that a rank holds in the interleaved schedule.

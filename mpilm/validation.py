@@ -20,24 +20,27 @@ TOKENS = 1 << 18  # of a rank in memory at a time, about: the split may be large
 class Validation:
     """`sequences` sequences, evenly spaced over the validation split, in whole micro-batches.
 
-    Collective over `comm`, the data-parallel communicator, and over the ranks of each pipeline.
+    Collective over `comm`, the ranks that hold the same parameters, and over the ranks of each pipeline.
+
+    Args:
+        share: So many ranks of `comm`, one next to the other, share every sequence.
 
     Raises:
         UserError: The validation split is shorter than one sequence.
     """
 
     def __init__(self, dataset: Dataset, pipeline: Pipeline, comm: Any, *, sequences: int, sequence_length: int,
-                 micro_batch_size: int, mask_documents: bool) -> None:
+                 micro_batch_size: int, mask_documents: bool, share: int = 1) -> None:
         available = (dataset.num_tokens - 1) // sequence_length
         if available < 1:
             raise UserError(f"The validation split has {dataset.num_tokens} tokens, less than one sequence of "
                             f"{sequence_length}: encode with a larger --validation, or --log.validate_every 0.")
         size = min(micro_batch_size, available)
         slots = max(1, min(sequences, available) // size)
-        runs = even_runs(slots, comm.size)
+        runs = even_runs(slots, comm.size // share)
         self.pipeline, self.losses = pipeline, Losses(comm, runs, pipeline.comm)
         self.tokens = slots * size * sequence_length
-        mine = runs[comm.rank]
+        mine = runs[comm.rank // share]
         self.together = max(1, TOKENS // (size * sequence_length))
         order = Spread(available, count=slots * size, mine=range(mine.start * size, mine.stop * size),
                        a_step=self.together * size)

@@ -26,6 +26,8 @@ LONGEST_NAP_S = 500e-6
 TAG_RING = 101
 TAG_TREE = 102
 TAG_ACROSS = 103
+TAG_KEYS = 104  # of ring attention, and their gradients
+TAG_SUMS = 105
 TAG_STAGES = 1024  # and above: two for every cut between pipeline stages
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.model import init, recompute
+from mpilm.model.context import WHOLE, Whole
 from mpilm.model.head import Head
 from mpilm.model.layers import Block, Places, RMSNorm
 from mpilm.model.shape import Shape
@@ -35,19 +36,24 @@ def plainly(module: nn.Module, run: Callable[..., Tensor], x: Tensor, *rest: Any
 class GPT(nn.Module):
     """The whole model, or a run of its units; parameters in the order and with the names of `shape.parameters()`.
 
+    Args:
+        shape: Of the whole model.
+        units: Those of this part; None: all.
+        context: The ranks that share every sequence. Of T tokens a rank computes with T / context.size.
+
     Attributes:
         around: Through which every module is called: around(module, run, x, *rest) -> run(x, *rest). Whoever owns the
             weights may replace it, to have them there when they are needed.
     """
 
-    def __init__(self, shape: Shape, units: range | None = None) -> None:
+    def __init__(self, shape: Shape, units: range | None = None, context: Whole = WHOLE) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.context = shape, context
         self.units = range(shape.units) if units is None else units
         if self.first:
             self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
         mine = [layer for layer in range(shape.layers) if layer + 1 in self.units]
-        self.layers = nn.ModuleDict({str(layer): Block(shape) for layer in mine})
+        self.layers = nn.ModuleDict({str(layer): Block(shape, context) for layer in mine})
         if self.last:
             self.norm = RMSNorm(shape.width, eps=shape.norm_eps)
             self.lm_head = Head(shape.width, shape.vocab_size)
@@ -70,7 +76,8 @@ class GPT(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
                 hidden: Tensor | None = None) -> Tensor:
         """Mean loss (nats a token, float32) or, without targets, logits; of a part without the head, what the next
-        part takes as `hidden`, [B, T, C].
+        part takes as `hidden`, [B, T, C]. Where ranks share the sequence, of this rank's tokens: T / size of the T
+        that are given.
 
         Args:
             inputs: [B, T] int64 tokens.
@@ -79,6 +86,7 @@ class GPT(nn.Module):
             hidden: [B, T, C] from the part before; None for the part that begins with the embedding.
         """
         places = self.places(inputs, documents)
+        inputs = self.context.share(inputs)
         x = self.around(self.embed_tokens, self.embed_tokens, inputs) if hidden is None else hidden
         for block in self.layers.values():
             run = partial(recompute.again, block) if self.recompute else block
@@ -88,24 +96,29 @@ class GPT(nn.Module):
         x = self.around(self.norm, self.norm, x)
         if targets is None:
             return self.around(self.lm_head, self.lm_head, x)
-        return self.around(self.lm_head, self.lm_head.loss, x, targets)
+        return self.around(self.lm_head, self.lm_head.loss, x, self.context.share(targets))
 
     def input_shape(self, stage: int, slot: Sequence[int]) -> tuple[int, ...]:
-        """Of what enters pipeline stage `stage`, from 1: that of a slot's tokens [B, T], and the width."""
-        return (*slot, self.shape.width)
+        """Of what enters pipeline stage `stage`, from 1: that of my tokens of a slot's [B, T], and the width."""
+        return (*self.rows(slot), self.shape.width)
+
+    def rows(self, slot: Sequence[int]) -> tuple[int, ...]:
+        """[B, T / size] that are mine of a slot's tokens [B, T]."""
+        batch, length = slot
+        return batch, length // self.context.size
 
     def linear_rows(self) -> None:
-        """No layer sees other rows than those of the slot's tokens."""
+        """No layer sees other rows than those of my tokens of the slot."""
         return
 
     def places(self, inputs: Tensor, documents: Tensor | None) -> Places:
-        """Where the tokens of `inputs` [B, T] stand. Without documents it is the same in every step, and kept."""
-        length = inputs.shape[1]
+        """Where my tokens of `inputs` [B, T] stand. Without documents it is the same in every step, and kept."""
+        length, context = inputs.shape[1], self.context
         if documents is not None:
-            return Places.of(length, documents, self.shape, inputs.device)
+            return Places.of(length, documents, self.shape, inputs.device, context)
         kept = self._places
-        if kept is None or kept.rotary.shape[1] != length or kept.rotary.device != inputs.device:
-            kept = self._places = Places.of(length, None, self.shape, inputs.device)
+        if kept is None or kept.rotary.shape[1] * context.size != length or kept.rotary.device != inputs.device:
+            kept = self._places = Places.of(length, None, self.shape, inputs.device, context)
         return kept
 
     def compile_parts(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mpilm.model.attention import attend, masks
+from mpilm.model.context import WHOLE, Whole
 from mpilm.model.shape import Shape
 
 
@@ -21,22 +21,24 @@ class Places(NamedTuple):
     """What attention needs to know of where its tokens stand; the same for all blocks.
 
     rotary: [2, T, 1, 2, D/2] float32, cosine and signed sine of every position's angles.
-    masks: see `attention.masks`.
+    masks: see `Whole.masks`.
     """
 
     rotary: Tensor
     masks: list[Tensor]
 
     @classmethod
-    def of(cls, length: int, documents: Tensor | None, shape: Shape, device: torch.device) -> Places:
-        """Places of `length` tokens; `documents` [B, T] or None."""
-        return cls(rotary(length, shape.head_width, shape.rope_theta, device), masks(length, documents, device))
+    def of(cls, length: int, documents: Tensor | None, shape: Shape, device: torch.device,
+           context: Whole = WHOLE) -> Places:
+        """Places of a rank's tokens of a sequence of `length`; `documents` [B, length] or None."""
+        positions = context.positions(length, device)
+        return cls(rotary(positions, shape.head_width, shape.rope_theta), context.masks(length, documents, device))
 
 
-def rotary(length: int, head_width: int, theta: float, device: torch.device) -> Tensor:
+def rotary(positions: Tensor, head_width: int, theta: float) -> Tensor:
     """[2, T, 1, 2, D/2] float32: what `rotate` multiplies x, and x with its halves exchanged, with."""
-    frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device=device) / head_width)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
+    frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device=positions.device) / head_width)
+    angles = torch.outer(positions.double(), frequency)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.stack((cos, cos), 1), torch.stack((-sin, sin), 1)))[:, :, None].float()
 
@@ -65,8 +67,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention; `qkv_proj` holds the rows of queries, keys and values."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, context: Whole = WHOLE) -> None:
         super().__init__()
+        self.context = context
         self.heads = (shape.heads, shape.kv_heads, shape.kv_heads)
         self.head_width = shape.head_width
         self.qkv_proj = nn.Linear(shape.width, shape.width + 2 * shape.kv_width, bias=False)
@@ -77,7 +80,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=2)
         q = (rotate(q, places.rotary) * self.head_width ** -0.5).to(x.dtype)
         k = rotate(k, places.rotary).to(x.dtype)
-        y: Tensor = self.o_proj(attend(q, k, v, places.masks).flatten(2))
+        y: Tensor = self.o_proj(self.context.attend(q, k, v, places.masks).flatten(2))
         return y
 
 
@@ -117,10 +120,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)). x [B, T, C]."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, context: Whole = WHOLE) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(shape.width, eps=shape.norm_eps)
-        self.self_attn = Attention(shape)
+        self.self_attn = Attention(shape, context)
         self.post_attention_layernorm = RMSNorm(shape.width, eps=shape.norm_eps)
         self.mlp = FeedForward(shape)
 

@@ -26,6 +26,9 @@ class Chunk(Protocol):
     def input_shape(self, stage: int, slot: Sequence[int]) -> tuple[int, ...]:
         """Of the activations that enter `stage`, from 1, whichever chunk this is; `slot`: shape of a slot's inputs."""
 
+    def rows(self, slot: Sequence[int]) -> tuple[int, ...]:
+        """What of a slot, whose inputs have the shape `slot`, this rank computes with: rows of its linear layers."""
+
     def linear_rows(self) -> Mapping[nn.Linear, tuple[int, ...]] | None:
         """Linear layers whose weight gradients can be computed later, and the rows each sees: see `deferred.Deferred`.
         """

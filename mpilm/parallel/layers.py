@@ -52,6 +52,10 @@ class Layers(nn.Module):
         """Of what enters pipeline stage `stage`, from 1."""
         return self.shapes[stage]
 
+    def rows(self, slot: Sequence[int]) -> tuple[int, ...]:
+        """Every layer sees what the one before it makes of the slot: see `linear_rows`."""
+        return tuple(slot)
+
     def linear_rows(self) -> Mapping[nn.Linear, tuple[int, ...]]:
         """Those of its linear layers that are called once, by the list itself, with weights of their own."""
         layers = list(self.layers.values())

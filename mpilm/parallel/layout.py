@@ -63,7 +63,11 @@ def _stages_why_not(config: Config, shape: Shape, pp: int) -> str | None:
 
 
 def _context_why_not(config: Config, cp: int) -> str | None:
-    return None if cp == 1 else "sequences are not split over ranks in this version; give --parallel.cp 1."
+    length, chunks = config.data.sequence_length, 2 * cp
+    if cp == 1 or length % chunks == 0:
+        return None
+    return (f"{cp} ranks share a sequence as {chunks} chunks of equal length, and --data.sequence_length {length} is "
+            f"no multiple of {chunks}; {-(-length // chunks) * chunks} is.")
 
 
 def _tensor_why_not(shape: Shape, tp: int) -> str | None:
@@ -115,7 +119,7 @@ def stages(config: Config, shape: Shape) -> list[range]:
     text = config.parallel.split
     if not text:
         data = config.data
-        costs = partition.costs(shape, tokens=data.micro_batch_size * data.sequence_length,
+        costs = partition.costs(shape, tokens=data.micro_batch_size * data.sequence_length // config.parallel.cp,
                                 sequence_length=data.sequence_length)
         return partition.cheapest(costs, number)
     counts = text.replace(" ", "").split(",")

@@ -58,7 +58,7 @@ class Messages:
             sender = stage - 1 if kind is Kind.FORWARD else stage + 1
             tensor = torch.empty(shape, dtype=self.dtype)
             requests = [self.ledger.receive(self.comm, piece, source=sender % self.comm.size, tag=_tag(kind, stage))
-                        for piece in _pieces(tensor)]
+                        for piece in pieces(tensor)]
             self._posted.append((key, requests, tensor))
 
     def receive(self, key: Message) -> torch.Tensor:
@@ -76,7 +76,7 @@ class Messages:
         """Start to send `tensor`; it must not change afterwards."""
         kind, stage, _ = key
         self.ledger.reap()
-        for piece in _pieces(tensor.detach().contiguous()):
+        for piece in pieces(tensor.detach().contiguous()):
             self.ledger.send(self.comm, piece, dest=stage % self.comm.size, tag=_tag(kind, stage))
 
     def finish(self) -> None:
@@ -86,7 +86,7 @@ class Messages:
         self.wait_s += time.perf_counter() - started
 
 
-def _pieces(tensor: torch.Tensor) -> list[np.ndarray]:
+def pieces(tensor: torch.Tensor) -> list[np.ndarray]:
     """A tensor's memory in messages of at most MESSAGE_BYTES; both ends cut it alike, and pieces come in order."""
     flat = bridge.array(tensor.view(-1))
     return [flat[cut] for cut in arrays.chunks(0, len(flat), arrays.MESSAGE_BYTES // flat.itemsize)]

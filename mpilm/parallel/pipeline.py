@@ -4,7 +4,8 @@
     rank 1      F0 B0 F1 B1 F2 B2       what it has made; the last stage has the losses
 
 With one stage this is gradient accumulation: F0 B0 F1 B1 ... A slot's loss is divided by the number of slots of the
-global batch before the backward pass, so that the sum over slots and ranks is the gradient of the mean loss.
+global batch (and of ranks that share it) before the backward pass, so that the sum over slots and ranks is the gradient
+of the mean loss.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Pipeline:
         slots: Whom the gradients are for.
         comm: The ranks that hold the stages.
         schedule: An entry of schedules.MENU.
-        num_slots: Slots of the global batch, over all ranks.
+        num_slots: What a slot's loss is divided by: slots of the global batch, over all ranks, times the ranks that
+            share each sequence, because every one of them has the mean loss of its own tokens.
         dtype: Of activations.
     """
 
@@ -98,8 +100,8 @@ class Pipeline:
         keys = [key for key in map(self._needs, actions) if key is not None]
         shapes = [self.chunks[0].input_shape(routes.cut(key), slot) for key in keys]
         self.messages.expect(zip(keys, shapes, strict=True))
-        for deferred in self.deferred:
-            deferred.prepare(slot)
+        for chunk, deferred in zip(self.chunks, self.deferred, strict=False):    # none where nothing is deferred
+            deferred.prepare(chunk.rows(slot))
         for action in actions:
             self.passes[action.kind](action)
         self.messages.finish()

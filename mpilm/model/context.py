@@ -1,0 +1,43 @@
+"""What a rank has of a sequence: which tokens, where they stand, and how they attend; here, a rank that has all of them.
+
+The model asks this of its context and does not know whether ranks share the sequence. `Whole` has every token, in
+order. `parallel/context.py` has the ring, whose ranks have T / size tokens each; attention is the only layer of the
+model that looks at other tokens than its own, so it is the only one that differs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpilm.model import attention
+
+
+class Whole:
+    """A rank that has whole sequences.
+
+    Attributes:
+        size: Ranks that share a sequence.
+    """
+
+    size = 1
+
+    def share(self, x: Tensor) -> Tensor:
+        """My tokens, [B, T / size], of [B, T]."""
+        return x
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Where my tokens stand in a sequence of `length` tokens: [length / size] int64."""
+        return torch.arange(length, device=device)
+
+    def masks(self, length: int, documents: Tensor | None, device: torch.device) -> list[Tensor]:
+        """What `attend` must know of `documents` [B, T], integers, of a sequence of `length` tokens."""
+        return attention.masks(length, documents, device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> Tensor:
+        """Causal attention of my queries [B, T / size, H, D], divided by sqrt(D), over all tokens' keys and values, of
+        which mine are [B, T / size, K, D]; weighted values [B, T / size, H, D]."""
+        return attention.attend(q, k, v, masks)
+
+
+WHOLE = Whole()

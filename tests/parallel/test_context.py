@@ -1,0 +1,151 @@
+"""Ring attention against plain attention over the whole sequence, on any number of ranks."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpilm.comm import arrays, p2p
+from mpilm.model.gpt import GPT
+from mpilm.model.shape import Shape
+from mpilm.parallel import tiles
+from mpilm.parallel.context import Ring
+from tests.helpers import everywhere, same_everywhere
+
+LARGEST = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.03}      # relative difference
+
+
+def plain(q, k, v, documents=None):
+    """Causal attention by the book: all scores at once, over the whole sequence."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    order = torch.arange(q.shape[1])
+    visible = (order[:, None] >= order[None, :])[None, None]
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])[:, None]
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def drawn(*, batch, length, heads, kv_heads, width, dtype=torch.float64, seed=1):
+    """Queries, keys, values and a gradient over a whole sequence, the same on every rank."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, length, count, width, dtype=torch.float64, generator=draw).to(dtype)
+            for count in (heads, kv_heads, kv_heads, heads)]
+
+
+def some_documents(batch, length):
+    """[B, T] numbers that grow; the ends of documents differ from row to row."""
+    ends = torch.arange(length)[None] % torch.arange(3, 3 + batch)[:, None] == 0
+    return ends.cumsum(1)
+
+
+def with_gradients(attend, q, k, v, dy):
+    """(y, dq, dk, dv)."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    y = attend(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def by_ring(ring, tensors, documents=None):
+    """My tokens of what attention makes, and of the gradients."""
+    masks = ring.masks(tensors[0].shape[1], documents, torch.device("cpu"))
+    mine = [ring.share(x).contiguous() for x in tensors]
+    return with_gradients(lambda q, k, v: ring.attend(q, k, v, masks), *mine)
+
+
+def difference(found, expected):
+    """Largest relative difference of tensors, each relative to its largest value."""
+    return max(((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-300)).item()
+               for a, b in zip(found, expected, strict=True))
+
+
+def check(comm, *, documents=False, dtype=torch.float64, synchronous=False, **sizes):
+    """Compare on all ranks."""
+    ring = Ring(comm)
+    ring.keys.synchronous = ring.sums.synchronous = synchronous
+    tensors = drawn(dtype=dtype, **sizes)
+    ids = some_documents(sizes["batch"], sizes["length"]) if documents else None
+    found = by_ring(ring, tensors, ids)
+    whole = with_gradients(lambda q, k, v: plain(q, k, v, ids), *(x.double() for x in tensors))
+    expected = [ring.share(x) for x in whole]
+    assert all(x.dtype == dtype for x in found)
+    apart = difference(found, expected)
+    everywhere(comm, apart < LARGEST[dtype], f"{apart} with {sizes}")
+
+
+@settings(max_examples=15)
+@given(batch=st.integers(1, 3), chunk=st.integers(1, 9), kv_heads=st.integers(1, 3), groups=st.integers(1, 3),
+       width=st.sampled_from([2, 6]), documents=st.booleans(), synchronous=st.booleans())
+def test_values_and_gradients_are_those_of_the_whole_sequence(comm, batch, chunk, kv_heads, groups, width, documents,
+                                                              synchronous):
+    """Float64, in tiles of three tokens at most, with grouped queries and documents."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "LEAST", 3)
+        patch.setattr(tiles, "SCORES", 1)
+        check(comm, batch=batch, length=2 * comm.size * chunk, heads=kv_heads * groups, kv_heads=kv_heads, width=width,
+              documents=documents, synchronous=synchronous)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("documents", [False, True])
+def test_other_precisions(comm, dtype, documents):
+    """Within their rounding."""
+    check(comm, batch=2, length=2 * comm.size * 40, heads=4, kv_heads=2, width=16, dtype=dtype, documents=documents)
+
+
+def test_messages_that_no_mpi_buffers(comm, watch, monkeypatch):
+    """Blocks of some megabytes in many pieces, and every send waits for its receiver."""
+    monkeypatch.setattr(arrays, "MESSAGE_BYTES", 300_000)
+    with watch(60):
+        check(comm, batch=1, length=2 * comm.size * 256, heads=4, kv_heads=4, width=64, synchronous=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_are_the_same_every_time(comm, dtype):
+    """Whenever messages arrive."""
+    tensors = drawn(batch=2, length=48 * comm.size, heads=4, kv_heads=2, width=8, dtype=dtype)
+    first, second = (by_ring(Ring(comm), tensors) for _ in range(2))
+    everywhere(comm, all(torch.equal(a, b) for a, b in zip(first, second, strict=True)))
+
+
+def test_a_rank_sends_its_block_and_gradients_once_around(comm):
+    """Keys and values each way in bf16, gradients in float32; nothing else."""
+    ring = Ring(comm)
+    tensors = drawn(batch=2, length=12 * comm.size, heads=4, kv_heads=2, width=8, dtype=torch.bfloat16)
+    before = p2p.Traffic.sent
+    by_ring(ring, tensors)
+    elements = 2 * 2 * 12 * 2 * 8
+    assert p2p.Traffic.sent - before == (comm.size - 1) * elements * (2 + 2 + 4)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are still alive, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage):
+        if storage not in self.known:
+            self.known.add(storage)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._drop, storage.nbytes())
+
+    def _drop(self, count):
+        self.now -= count
