@@ -11,7 +11,7 @@ from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.sync.sharded import Sharded
 
-VOCAB, LENGTH, SEQUENCES, STEPS = 101, 16, 8, 3
+VOCAB, LENGTH, SEQUENCES, STEPS = 101, 24, 8, 3
 SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are nothing but rounding
 
 
@@ -67,7 +67,8 @@ def build(config, world, *, precision="fp32", compiled=False):
 def train(config, world, *, precision, synchronous=False, compiled=False):
     """STEPS steps over the ranks of `world`; `synchronous` holds every send back until it is being received."""
     core = build(config, world, precision=precision, compiled=compiled)
-    core.pipeline.messages.ledger.synchronous = synchronous
+    for ledger in (core.pipeline.messages.ledger, *core.parts[0].context.ledgers):
+        ledger.synchronous = synchronous
     losses, norms = [], []
     size = config.data.micro_batch_size
     for step in range(STEPS):

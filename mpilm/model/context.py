@@ -7,6 +7,8 @@ model that looks at other tokens than its own, so it is the only one that differ
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,11 @@ class Whole:
 
     Attributes:
         size: Ranks that share a sequence.
+        ledgers: Messages between them.
     """
 
     size = 1
+    ledgers: tuple[Any, ...] = ()
 
     def share(self, x: Tensor) -> Tensor:
         """My tokens, [B, T / size], of [B, T]."""

@@ -49,7 +49,7 @@ class Ring(Whole):
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.keys, self.sums = p2p.Ledger(), p2p.Ledger()
+        self.ledgers = self.keys, self.sums = p2p.Ledger(), p2p.Ledger()
 
     def share(self, x: Tensor) -> Tensor:
         return self._share(x, self.rank)
@@ -96,8 +96,8 @@ class Ring(Whole):
 
     def look_after_messages(self) -> None:
         """Let MPI move what is under way."""
-        self.keys.reap()
-        self.sums.reap()
+        for ledger in self.ledgers:
+            ledger.reap()
 
 
 class _Attend(torch.autograd.Function):

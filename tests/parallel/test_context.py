@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpi4py import MPI
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpilm.comm import arrays, p2p
@@ -69,7 +71,8 @@ def difference(found, expected):
 def check(comm, *, documents=False, dtype=torch.float64, synchronous=False, **sizes):
     """Compare on all ranks."""
     ring = Ring(comm)
-    ring.keys.synchronous = ring.sums.synchronous = synchronous
+    for ledger in ring.ledgers:
+        ledger.synchronous = synchronous
     tensors = drawn(dtype=dtype, **sizes)
     ids = some_documents(sizes["batch"], sizes["length"]) if documents else None
     found = by_ring(ring, tensors, ids)
@@ -149,3 +152,46 @@ class Live(TorchDispatchMode):
 
     def _drop(self, count):
         self.now -= count
+
+
+def held(ring, *, length):
+    """Most bytes of tensors that attention over `length` tokens holds at a time on this rank, forward and backward."""
+    mine = [ring.share(x).contiguous()
+            for x in drawn(batch=1, length=length, heads=4, kv_heads=2, width=32, dtype=torch.float32)]
+    with Live() as live:
+        with_gradients(lambda q, k, v: ring.attend(q, k, v, []), *mine)
+    return live.most
+
+
+def test_memory_falls_with_the_number_of_ranks(comm, monkeypatch):
+    """4,080 tokens: a rank holds its share of what one rank alone would, and four blocks that travel: keys and values
+    in hand and coming, gradients that leave and that come. Alone it is far from all scores."""
+    monkeypatch.setattr(tiles, "SCORES", 1 << 16)
+    length, tile = 4080, 4 << 16
+    block = 2 * (length // comm.size) * 2 * 32 * 4
+    shared = held(Ring(comm), length=length)
+    alone = comm.bcast(held(Ring(MPI.COMM_SELF), length=length) if comm.rank == 0 else None)
+    everywhere(comm, shared <= alone / comm.size + 4 * block + 2 * tile, f"{shared} of {alone} bytes")
+    assert alone < 4 * 4 * length ** 2 / 8
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_model_over_a_ring_is_the_whole_model(comm, documents):
+    """Losses are means over a rank's tokens, and the gradient is the sum over ranks of a size-th of theirs."""
+    shape = Shape(layers=2, width=32, heads=4, kv_heads=2, vocab_size=61)
+    length = 6 * 2 * comm.size
+    tokens = torch.randint(61, (2, length + 1), generator=torch.Generator().manual_seed(3))
+    batch = tokens[:, :-1], tokens[:, 1:], some_documents(2, length) if documents else None
+    whole, shared = GPT(shape), GPT(shape, context=Ring(comm))
+    losses = []
+    for model in (whole, shared):
+        model.initialize(seed=1)
+        losses.append(model(*batch))
+        losses[-1].backward()
+    means = comm.allgather(losses[1].item())
+    assert abs(sum(means) / comm.size / losses[0].item() - 1) < 1e-6
+    for (name, one), other in zip(whole.named_parameters(), shared.parameters(), strict=True):
+        total = np.empty(one.shape, np.float32)
+        comm.Allreduce(other.grad.contiguous().numpy(), total)
+        same_everywhere(comm, total)
+        assert difference([torch.from_numpy(total) / comm.size], [one.grad]) < 1e-5, name
