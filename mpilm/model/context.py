@@ -1,4 +1,4 @@
-"""What a rank has of a sequence: which tokens, where they stand, and how they attend; here, a rank that has all of them.
+"""What a rank has of a sequence: which tokens, where they stand, how they attend; here, a rank that has all of them.
 
 The model asks this of its context and does not know whether ranks share the sequence. `Whole` has every token, in
 order. `parallel/context.py` has the ring, whose ranks have T / size tokens each; attention is the only layer of the

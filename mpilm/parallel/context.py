@@ -52,6 +52,7 @@ class Ring(Whole):
         self.ledgers = self.keys, self.sums = p2p.Ledger(), p2p.Ledger()
 
     def share(self, x: Tensor) -> Tensor:
+        """My tokens of [B, T], an early and a late chunk: [B, T / size]."""
         return self._share(x, self.rank)
 
     def _share(self, x: Tensor, rank: int) -> Tensor:
@@ -60,6 +61,7 @@ class Ring(Whole):
         return torch.cat([chunks[number] for number in zigzag.chunks(rank, self.size)], dim=1)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
+        """As Whole; in the order of my tokens."""
         return self.share(torch.arange(length, device=device)[None])[0]
 
     def masks(self, length: int, documents: Tensor | None, device: torch.device) -> list[Tensor]:
@@ -69,8 +71,9 @@ class Ring(Whole):
             return []
         return [torch.stack([self._share(documents, rank) for rank in range(self.size)])]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(self, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> Tensor:
+        """As Whole; the same in compiled code, which ends before it and goes on after it."""
         tiles = Tiles(self.rank, q, kv_heads=k.shape[2], documents=masks[0] if masks else None)
         y: Tensor = _Attend.apply(q, k, v, self, tiles)
         return y
