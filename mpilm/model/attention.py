@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpilm.model.precision import wide
+
 BLOCK = 128             # tokens a block has at least
 LONGEST = 1024          # from here on the probabilities are too much memory to keep
 MOST_BLOCKS = 4         # every band adds code to compile
@@ -112,12 +114,12 @@ class _Bands(torch.autograd.Function):
         dy, = gradients
         q, k, v, y, *weights = ctx.saved_tensors
         blocks = len(weights)
-        mean = (dy.float() * y.float()).sum(-1, keepdim=True)
+        mean = (wide(dy) * wide(y)).sum(-1, keepdim=True)
         dq, dk, dv = [], [], []
         for band, p in enumerate(weights):
             rows, columns = slice(band, None), slice(0, blocks - band)
             dp = _product(dy[rows], v[columns].mT)
-            ds = (p.float() * (dp.float() - mean[rows])).to(q.dtype)
+            ds = (wide(p) * (wide(dp) - mean[rows])).to(q.dtype)
             dq.append(_product(ds, k[columns]))
             dk.append(_product(ds.mT, q[rows]))
             dv.append(_product(p.mT, dy[rows]))
@@ -132,7 +134,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     """Float32 scores [blocks, N, R, S] with a mask [blocks or 1, 1, B or 1, 1, S, S] added."""
     blocks, _, _, tokens = scores.shape
-    split = scores.float().view(blocks, -1, mask.shape[2], scores.shape[2] // tokens, tokens, tokens)
+    split = wide(scores).view(blocks, -1, mask.shape[2], scores.shape[2] // tokens, tokens, tokens)
     return (split + mask).view(scores.shape)
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpilm.model.precision import wide
+
 CHUNK = 1 << 25     # logits that are held at a time: 64 MiB of bf16
 
 
@@ -32,16 +34,16 @@ class Head(nn.Linear):
         if self.training and torch.is_grad_enabled():
             loss: Tensor = _Loss.apply(x, self.weight, targets, self.softmax)
             return loss
-        parts = [F.cross_entropy(self(rows).float(), goals, reduction="sum")
+        parts = [F.cross_entropy(wide(self(rows)), goals, reduction="sum")
                  for rows, goals in _chunks(x, targets, self.out_features)]
         return torch.stack(parts).sum() / len(x)
 
 
 def softmax(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(log of the sum of exponentials, float32 [rows]; softmax * scale in the logits' dtype)."""
-    wide = logits.float()
-    total = wide.logsumexp(-1)
-    return total, ((wide - total[:, None]).exp() * scale).to(logits.dtype)
+    exact = wide(logits)
+    total = exact.logsumexp(-1)
+    return total, ((exact - total[:, None]).exp() * scale).to(logits.dtype)
 
 
 class _Loss(torch.autograd.Function):
@@ -52,7 +54,7 @@ class _Loss(torch.autograd.Function):
         for rows, goals in _chunks(x, targets, len(weight)):
             logits = rows @ weight.t()
             hits = torch.arange(len(rows), device=x.device), goals
-            hit = logits[hits].float()
+            hit = wide(logits[hits])
             total, gradient = softmax(logits, 1 / len(x))
             surprise = total - hit
             gradient[hits] = (torch.expm1(-surprise) / len(x)).to(gradient.dtype)     # scatter_ would copy it all

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.model.context import WHOLE, Whole
+from mpilm.model.precision import wide
 from mpilm.model.shape import Shape
 
 
@@ -45,7 +46,7 @@ def rotary(positions: Tensor, head_width: int, theta: float) -> Tensor:
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """x [B, T, heads, D] turned by its position, in float32: pairs are (x[i], x[i + D/2])."""
-    halves = x.float().view(*x.shape[:-1], 2, x.shape[-1] // 2)
+    halves = wide(x).view(*x.shape[:-1], 2, x.shape[-1] // 2)
     return (halves * rotary[0] + halves.flip(-2) * rotary[1]).flatten(-2)
 
 
@@ -58,9 +59,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        y: Tensor = wide * scale * self.weight.float()
+        exact = wide(x)
+        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        y: Tensor = exact * scale * wide(self.weight)
         return y.to(self.weight.dtype)
 
 
@@ -91,14 +92,14 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         gate, up = x.chunk(2, dim=-1)
-        gate, up = gate.float(), up.float()
+        gate, up = wide(gate), wide(up)
         return (gate * gate.sigmoid() * up).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        dy = gradients[0].float()
+        dy = wide(gradients[0])
         x, = ctx.saved_tensors
-        gate, up = (half.float() for half in x.chunk(2, dim=-1))
+        gate, up = (wide(half) for half in x.chunk(2, dim=-1))
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
         return torch.cat(((dy * up * (sigmoid + silu * (1 - sigmoid))).to(x.dtype), (dy * silu).to(x.dtype)), dim=-1)

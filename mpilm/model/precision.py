@@ -33,6 +33,11 @@ def best(speeds: Mapping[str, float]) -> str:
     return "bf16" if speeds["bf16"] > WORTH * speeds["fp32"] else "fp32"
 
 
+def wide(x: Tensor) -> Tensor:
+    """`x` in the dtype of sums that lose bits: float32, or float64 where that is what is computed with."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _time(a: Tensor) -> float:
     start = time.perf_counter()
     a @ a
