@@ -108,3 +108,25 @@ def validation_loss(config: Config) -> float:
 def test_the_length_of_these_sequences_fits_every_ring():
     """So that the tests above leave nothing out."""
     assert all(LENGTH % (2 * size) == 0 for size in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_memory_divided_over_ranks_that_share_sequences(comm, level):
+    """They hold the same parameters, like replicas, and divide them like replicas: three steps of one rank, and at
+    level 1 the bits of a ring with whole memory."""
+    pp, cp = layouts(comm)[-1]
+    options = {"pp": pp, "cp": cp, "collective": "shared"}
+    expected = alone(configuration())
+    found = parallel(configuration(kind="sharded", level=level, **options))
+    everywhere(comm, apart(found, expected) < LARGEST, f"{apart(found, expected)}")
+    if level == 1:
+        everywhere(comm, same(found, parallel(configuration(**options))), "other bits than allreduce")
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(min=2, max=2)
+@pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
+def test_compiled_code_stops_for_the_ring(comm):
+    """The parts of a block before and after attention are compiled, also where the block is computed again."""
+    found = parallel(configuration(cp=2, recompute=True), compiled=True)
+    everywhere(comm, apart(found, alone(configuration())) < LARGEST)
