@@ -35,6 +35,9 @@ def check(ranks, *, layers=6, tied=False, slots=8, reproducible=True, **parallel
     (2, {"pp": 2, "split": "a,b"}, "such as 3,3"),
     (2, {"pp": 2, "split": "3,4"}, "deals 7 blocks"),
     (2, {"tp": 2}, "--parallel.tp 2"),
+    (4, {"cp": 3}, "1 x 3 x 1 .* --parallel.cp may be 1, 2 or 4."),
+    (6, {"cp": 3, "slots": 6, "reproducible": False}, "length 256 is no multiple of 6; 258 is. .*cp may be 1 or 2."),
+    (8, {"cp": 2, "pp": 8}, "8 x 2 x 1"),
 ])
 def test_what_cannot_work_is_refused_with_what_would(ranks, options, said):
     """In one message."""
@@ -45,6 +48,7 @@ def test_what_cannot_work_is_refused_with_what_would(ranks, options, said):
 @pytest.mark.parametrize(("ranks", "options"), [
     (1, {"tied": True}), (8, {"pp": 8}), (8, {"pp": 4, "schedule": "zb"}), (3, {"pp": 3}),
     (4, {"pp": 4, "schedule": "interleaved", "chunks": 2}), (2, {"pp": 2, "split": "2, 4"}),
+    (8, {"cp": 4}), (8, {"cp": 2, "pp": 2}), (2, {"cp": 2, "tied": True}),
     (6, {"pp": 2, "slots": 6, "reproducible": False}),
 ])
 def test_what_works_gives_every_unit_to_one_stage(ranks, options):
