@@ -31,7 +31,8 @@ from mpilm.bench._contenders import Case, Who
 
 TIMEOUT_S = 600.0  # of a start or of a command: compiling may take minutes
 POLL_S = 0.2
-LINES_OF_LOG = 15
+LAST_WORDS_S = 5.0
+LINES_OF_LOG = 30
 LAUNCHER = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYD", "MPI_LOCAL", "MPIR_CVAR_", "MPICH_", "PALS_", "OPAL_", "SLURM_")
 THREADS = ("OMP_", "MKL_", "OPENBLAS_", "GOMP_", "KMP_")
 MALLOC = ("GLIBC_", "MALLOC_")
@@ -182,8 +183,15 @@ class Job:
             raise JobError(self._report(f"did not answer for {TIMEOUT_S:.0f} s"))
 
     def _report(self, what: str) -> str:
+        self._let_end()
         lines = (self.directory / "log").read_text(errors="replace").splitlines()[-LINES_OF_LOG:]
         return "\n".join([f"{self.who.name} {what}; the last it printed:", *lines])
+
+    def _let_end(self) -> None:
+        """A launcher whose rank failed writes down what that rank said, and only then ends."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
+            time.sleep(POLL_S)
 
 
 def environment(base: Mapping[str, str], *, threads: int, tuned: bool) -> dict[str, str]:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpilm.bench._contenders import Case, Place, Step, Telling
 from mpilm.bench._pipelines import ASLEEP, MICRO_BATCHES
+
+if TYPE_CHECKING:
+    from mpilm.parallel.chunk import Chunk
 
 LAYOUT = "mpi"
 VARIANTS: tuple[str, ...] = ()
@@ -83,7 +86,7 @@ class _Slots:
     def end_slot(self) -> None: ...
 
 
-def _chunk(shape: tuple[int, ...], times: tuple[float, ...], *, last: bool) -> Any:
+def _chunk(shape: tuple[int, ...], times: tuple[float, ...], *, last: bool) -> Chunk:
     import torch
     from torch import Tensor, nn
 
@@ -106,8 +109,11 @@ def _chunk(shape: tuple[int, ...], times: tuple[float, ...], *, last: bool) -> A
             self.last = last
             self.late = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
 
-        def input_shape(self, stage: int, slot: tuple[int, ...]) -> tuple[int, ...]:
+        def input_shape(self, stage: int, slot: Sequence[int]) -> tuple[int, ...]:
             return shape
+
+        def rows(self, slot: Sequence[int]) -> tuple[int, ...]:
+            return tuple(slot)
 
         def linear_rows(self) -> dict[nn.Linear, tuple[int, ...]]:
             return {self.late: (1,)}
