@@ -39,7 +39,7 @@ from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Saver
 from mpilm.state import TrainState, from_checkpoint, initial
 from mpilm.sync import Synchronizer, compress
-from mpilm.sync._compressed import Compressed
+from mpilm.sync._compressed import Compress, compressed, uncompressed
 from mpilm.trainer import Trainer
 from mpilm.validation import Validation
 
@@ -163,10 +163,10 @@ def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, 
     matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
     kind = sync.get(config.sync.kind)
     synchronizer: Synchronizer[Any] = kind(
-        parameters, matrices, _collective(config, world, mesh, parameters.values(), update), mesh.parts,
-        _worker(world, mesh), states=update.STATES, num_slots=num_slots, dtype=dtype,
+        parameters, matrices, _collective(config, world, mesh, parameters.values()), mesh.parts,
+        _worker(world, mesh), update=update, compress=_compress(config, update), num_slots=num_slots, dtype=dtype,
         bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible,
-        **{name: getattr(config.sync, name) for name in kind.OPTIONS})
+        **_options_of(kind, config))
     return world.owns(synchronizer)
 
 
@@ -179,14 +179,22 @@ def _describe(mesh: Mesh) -> dict[str, int]:
     return {axis: getattr(mesh, axis).size for axis in AXES}
 
 
-def _collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter],
-                update: Update) -> Collective:
-    node, codec = world.owns(Node.build(mesh.replicas)), compress.get(config.sync.compress)
-    plain = choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
-                         count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
-                         shared_bytes=_shared_bytes(mesh, node, parameters))
-    return world.owns(plain if config.sync.compress == "none" else Compressed(
-        codec(), plain, warmup=config.sync.compress_warmup, applied=lambda: update.applied))
+def _options_of(choice: type[Any], config: Config) -> dict[str, Any]:
+    """What an entry of a menu takes of the section `sync`."""
+    return {name: getattr(config.sync, name) for name in choice.OPTIONS}
+
+
+def _compress(config: Config, update: Update) -> Compress:
+    way = compress.get(config.sync.compress)
+    return uncompressed if config.sync.compress == "none" else compressed(
+        way(**_options_of(way, config)), warmup=config.sync.compress_warmup, applied=lambda: update.applied)
+
+
+def _collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter]) -> Collective:
+    node = world.owns(Node.build(mesh.replicas))
+    return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
+                                   count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
+                                   shared_bytes=_shared_bytes(mesh, node, parameters)))
 
 
 def _shared_bytes(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Parameter]) -> int:

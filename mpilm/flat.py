@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -23,7 +23,15 @@ class Flat:
 
 
 class Update(Protocol):
-    """A rule that turns gradients into new parameters; local, and it cannot fail."""
+    """A rule that turns gradients into new parameters; local, and it cannot fail.
+
+    Attributes:
+        STATES: Names of its states, one float32 array each.
+        applied: Updates made so far.
+    """
+
+    STATES: ClassVar[tuple[str, ...]]
+    applied: int
 
     def accept(self, grad_norm: float) -> float | None:
         """What gradients of this global norm are multiplied by; None if the step must be skipped."""

@@ -21,7 +21,7 @@ from mpilm import bridge
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK, segments
 from mpilm.flat import Flat
-from mpilm.sync._gradients import Gradients, Whole
+from mpilm.sync._gradients import Gradients, Reduce, Whole
 from mpilm.sync._layout import Layout
 from mpilm.sync._slots import Visit
 from mpilm.sync._weights import Weights
@@ -95,10 +95,10 @@ class Bucket:
 class Replica(Bucket):
     """A bucket among `owners`. Collective over the collective's communicator."""
 
-    def __init__(self, layout: Layout, collective: Any, owners: Node, *, states: Sequence[str],
+    def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, *, states: Sequence[str],
                  dtype: torch.dtype, visits: Sequence[Visit]) -> None:
         count, own = layout.count, segments(layout.count, owners.comm.size)[owners.comm.rank]
-        super().__init__(layout, own, Whole(layout, collective, collective.reduce, own, visits))
+        super().__init__(layout, own, Whole(layout, collective, reduce, own, visits))
         self.common = {name: owners.allocate_common(count, np.float32) for name in (MASTERS, *states)}
         whole = torch.from_numpy(self.common[MASTERS])
         self.flat = whole if dtype == torch.float32 else bridge.tensor(

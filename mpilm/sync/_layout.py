@@ -14,28 +14,32 @@ the number of ranks can enter the arithmetic. A bucket has at least one block fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from mpilm.comm.order import BLOCK
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter's name, its number of elements, and whether weight decay applies to it."""
+    """A parameter's name, its number of elements, and whether weight decay applies to it; the rows of a matrix."""
 
     name: str
     count: int
     decay: bool
+    rows: int = 1
 
 
 @dataclass(frozen=True)
 class Member:
-    """The run [start, start + count) of a bucket that holds the parameter `name`."""
+    """The run [start, start + count) of a bucket that holds the parameter `name`, a matrix of so many rows."""
 
     name: str
     start: int
     count: int
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,12 @@ class Layout:
         stops = [0, *(member.start + member.count for member in self.members)]
         starts = [*(member.start for member in self.members), self.count]
         return [slice(low, high) for low, high in zip(stops, starts, strict=True)]
+
+
+def described(parameters: Mapping[str, Tensor], decayed: Collection[str]) -> list[Parameter]:
+    """What a layout needs to know of `parameters`; weight decay applies to those named `decayed`."""
+    return [Parameter(name, p.numel(), name in decayed, rows=len(p) if p.dim() > 1 else 1)
+            for name, p in parameters.items()]
 
 
 def lay_out(parameters: Iterable[Parameter], bucket_count: int, *, owners: int) -> list[Layout]:
@@ -112,7 +122,7 @@ def _layout(bucket: list[Parameter], owners: int) -> Layout:
     """A bucket of parameters, given from the last in memory to the first, the undecayed ones first."""
     members, start = [], 0
     for parameter in bucket[::-1]:
-        members.append(Member(parameter.name, start, parameter.count))
+        members.append(Member(parameter.name, start, parameter.count, parameter.rows))
         start += _padded(parameter)
     return Layout(tuple(members), max(start, owners * BLOCK), sum(_padded(p) for p in bucket if p.decay))
 

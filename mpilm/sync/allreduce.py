@@ -7,7 +7,7 @@ Ranks that share no memory each hold a copy of everything and compute the same u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from mpi4py import MPI
 
 from mpilm.comm.node import Node
 from mpilm.comm.worker import Inline, Worker
+from mpilm.flat import Update
 from mpilm.sync._buckets import MASTERS, Read, Replica, Run
-from mpilm.sync._layout import Parameter, lay_out
+from mpilm.sync._compressed import Compress
+from mpilm.sync._layout import described, lay_out
 from mpilm.sync._slots import running_visits, tree_visits
 from mpilm.sync._synchronizer import Synchronizer
 
@@ -32,7 +34,8 @@ class Allreduce(Synchronizer[Replica]):
         decayed: Names of the parameters that weight decay applies to.
         collective: An entry of mpilm.comm.collectives, over the data-parallel communicator.
         stages: The communicator over ranks that hold the other parameters of the same model.
-        states: Names of the update's states, one float32 array each.
+        update: Has the states that parameters have memory for.
+        compress: How buckets are summed.
         num_slots: Micro-batches of this rank in a step.
         dtype: What the model computes with.
         reproducible: Sum slots along the fixed tree; `num_slots` is then a power of two.
@@ -41,14 +44,14 @@ class Allreduce(Synchronizer[Replica]):
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], collective: Any,
-                 stages: MPI.Comm, worker: Worker | Inline, *, states: Sequence[str], num_slots: int,
+                 stages: MPI.Comm, worker: Worker | Inline, *, update: Update, compress: Compress, num_slots: int,
                  dtype: torch.dtype, bucket_mib: float, reproducible: bool) -> None:
         self.owners = Node.build(collective.owners)
         visits = (tree_visits if reproducible else running_visits)(num_slots)
-        layouts = lay_out([Parameter(name, p.numel(), name in decayed) for name, p in parameters.items()],
-                          int(bucket_mib * 2**20 / FLOAT_BYTES), owners=self.owners.comm.size)
-        buckets = [Replica(layout, collective, self.owners, states=states, dtype=dtype, visits=visits)
-                   for layout in layouts]
+        layouts = lay_out(described(parameters, decayed), int(bucket_mib * 2**20 / FLOAT_BYTES),
+                          owners=self.owners.comm.size)
+        buckets = [Replica(layout, collective, compress(layout, collective, collective.reduce), self.owners,
+                           states=update.STATES, dtype=dtype, visits=visits) for layout in layouts]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)
 
     def _blocks(self) -> np.ndarray:

@@ -30,10 +30,12 @@ from torch import Tensor
 
 from mpilm.comm.order import BLOCK, segments
 from mpilm.comm.worker import Inline, Worker
+from mpilm.flat import Update
 from mpilm.log import UserError, say, warn
 from mpilm.sync._buckets import Read, Run, Shard
+from mpilm.sync._compressed import Compress
 from mpilm.sync._gradients import Gradients, Passing, Room, Whole
-from mpilm.sync._layout import Layout, Parameter, lay_out, lay_out_modules
+from mpilm.sync._layout import Layout, described, lay_out, lay_out_modules
 from mpilm.sync._presence import Presence
 from mpilm.sync._slots import running_visits, tree_visits
 from mpilm.sync._synchronizer import Synchronizer
@@ -48,8 +50,8 @@ class Sharded(Synchronizer[Shard]):
     """Takes over the memory of `parameters` and keeps it in agreement over all ranks.
 
     Args:
-        parameters, decayed, collective, stages, states, num_slots, dtype, reproducible: As Allreduce. From level 2 on
-            in reproducible mode this rank's slots are `order.turns`, not `order.runs`.
+        parameters, decayed, collective, stages, update, compress, num_slots, dtype, reproducible: As Allreduce. From
+            level 2 on in reproducible mode this rank's slots are `order.turns`, not `order.runs`.
         bucket_mib: Of buckets at level 1; from level 2 on a bucket is a module.
         level: 1, 2 or 3.
 
@@ -62,13 +64,13 @@ class Sharded(Synchronizer[Shard]):
     OPTIONS: ClassVar[tuple[str, ...]] = ("level",)
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], collective: Any,
-                 stages: MPI.Comm, worker: Worker | Inline, *, states: Sequence[str], num_slots: int,
+                 stages: MPI.Comm, worker: Worker | Inline, *, update: Update, compress: Compress, num_slots: int,
                  dtype: torch.dtype, bucket_mib: float, reproducible: bool, level: int) -> None:
-        self.collective, self.dtype, self.states = collective, dtype, states
+        self.collective, self.compress, self.dtype, self.states = collective, compress, dtype, update.STATES
         self.level = _possible(level, collective.comm, num_slots)
         self.tally = Tally()
         self.visits = (tree_visits if reproducible else running_visits)(num_slots)
-        sizes = [Parameter(name, p.numel(), name in decayed) for name, p in parameters.items()]
+        sizes = described(parameters, decayed)
         layouts = (lay_out(sizes, int(bucket_mib * MIB / FLOAT_BYTES), owners=collective.comm.size)
                    if self.level == 1 else lay_out_modules(sizes, owners=collective.comm.size))
         self.rooms = self._build_rooms(layouts, worker)
@@ -88,13 +90,17 @@ class Sharded(Synchronizer[Shard]):
         comm = self.collective.comm
         own = segments(layout.count, comm.size)[comm.rank]
         gradients: Gradients = (
-            Whole(layout, self.collective, self.collective.reduce_scatter, own, self.visits) if self.level == 1
+            self._whole(layout, own) if self.level == 1
             else Passing(layout, self.collective, own, self.visits, self.rooms[number % NUM_ROOMS]))
         gathers = self.level == 3 and self.collective.owners.size < comm.size
         weights: Weights = (
             Gathered(layout.count, own, self.dtype, self.collective, worker, self.tally) if gathers
             else Kept(layout.count, own, self.dtype, self.collective, worker))
         return Shard(layout, own, gradients, weights, states=self.states)
+
+    def _whole(self, layout: Layout, own: slice) -> Whole:
+        reduce = self.compress(layout, self.collective, self.collective.reduce_scatter)
+        return Whole(layout, self.collective, reduce, own, self.visits)
 
     def _build_presence(self, parameters: Mapping[str, torch.nn.Parameter]) -> Presence | None:
         """None where weights are kept."""

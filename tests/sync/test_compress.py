@@ -17,7 +17,7 @@ from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.log import UserError
 from mpilm.sync import compress
-from mpilm.sync._exchange import Exchange
+from mpilm.sync.compress._exchange import Exchange
 from tests.helpers import everywhere, same_everywhere
 from tests.training_cases import LENGTH, VOCAB, configuration, windows
 

@@ -1,4 +1,5 @@
-"""What every codec offers: float32 values to bytes and back, chunk by chunk, with or without error feedback.
+"""What every way to send fewer bytes offers, and codecs, which are most of them: float32 values to bytes and back,
+chunk by chunk, with or without error feedback.
 
 Values are worked on in chunks that stay in the cache from the first pass over them to the last, and a chunk is encoded
 by itself, so the bytes of a long array are those of its chunks one after the other. Every codec has a fixed size for a
@@ -11,17 +12,44 @@ everything arrives in the end, and compressed SGD converges like SGD.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mpilm.comm.collectives import Collective
+from mpilm.sync._layout import Layout
+from mpilm.sync.compress._exchange import Exchange
+
 CHUNK = 1 << 16     # values: 256 KiB, half of a second-level cache; and a position in it fits two bytes
 
 
-class Codec(ABC):
+class Way(ABC):
+    """A way to sum with fewer bytes.
+
+    Attributes:
+        OPTIONS: What of the section `sync` of the configuration the constructor takes.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def over(self, collective: Collective, layout: Layout) -> Callable[[np.ndarray], None]:
+        """Sums a float32 buffer that is laid out so in place, with residuals of its own, over `collective.comm`.
+
+        All ranks end with the same bits. What is not finite on any rank makes the sum so, and leaves no residual.
+        Collective over `collective.comm`, like what it returns.
+        """
+
+
+class Codec(Way):
     """Float32 values <-> bytes. A value that is NaN or infinite makes at least one decoded value so."""
+
+    def over(self, collective: Collective, layout: Layout) -> Callable[[np.ndarray], None]:
+        """As Way: encoded segments go to their owners, and encoded sums to everyone."""
+        return Exchange(self, collective.comm, layout.count).reduce
 
     @abstractmethod
     def chunk_size(self, count: int) -> int:

@@ -13,12 +13,16 @@ while it travels, whatever the number of ranks. Both residuals are fed back, so 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from mpi4py import MPI
 
 from mpilm.comm import order, p2p
-from mpilm.sync.compress import Codec
+
+if TYPE_CHECKING:
+    from mpilm.sync.compress._base import Codec
 
 TAG = 201
 LARGEST = 1 << 28   # bytes of a message
