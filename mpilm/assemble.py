@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -244,16 +245,18 @@ def _loader(config: Config, dataset: Dataset, slots: range) -> Loader:
 def _validation(config: Config, core: Core) -> Validation | None:
     if not config.log.validate_every:
         return None
-    return validation(config, core.pipeline, core.mesh.replicas, share=core.mesh.cp.size)
+    return validation(config, core.pipeline, core.mesh.replicas, share=core.mesh.cp.size,
+                      averaged=core.sync.averaged)
 
 
-def validation(config: Config, stages: Pipeline, comm: Any, *, share: int = 1) -> Validation:
+def validation(config: Config, stages: Pipeline, comm: Any, *, share: int = 1,
+               averaged: Callable[[], AbstractContextManager[None]] = nullcontext) -> Validation:
     """The configured validation, over the pipelines that `comm` connects; `share` of them have parts of one sequence.
     """
     data = config.data
     return Validation(open_split(config, "validation"), stages, comm, sequences=config.log.validation_sequences,
                       sequence_length=data.sequence_length, micro_batch_size=data.micro_batch_size,
-                      mask_documents=data.mask_documents, share=share)
+                      mask_documents=data.mask_documents, share=share, averaged=averaged)
 
 
 def _metrics(config: Config, world: World, state: TrainState) -> Metrics:

@@ -145,12 +145,21 @@ class Sync:
     """How replicas are kept together.
 
     Args:
-        kind: The file of mpilm/sync: allreduce, or sharded (memory divided over the replicas).
+        kind: The file of mpilm/sync: allreduce, sharded (memory divided over the replicas), or local_sgd (replicas
+            train by themselves and are averaged now and then).
         level: What sharded divides: 1 optimizer state; 2 gradients too; 3 weights too.
         collective: The file of mpilm/comm/collectives: ring, shared, tree, mpi; `auto` measures and picks.
         bucket_mib: Gradients are reduced in buckets of this size.
-        compress: What gradients are sent as: `none`, or a file of mpilm/sync/compress: bf16, int8, onebit, topk.
+        compress: What gradients are sent as: `none`, or a file of mpilm/sync/compress: bf16, int8, onebit, powersgd,
+            topk. Under local_sgd it is what the replicas' differences are sent as.
         compress_warmup: Updates at the beginning whose gradients are sent as float32.
+        rank: Of powersgd's factors: the directions that are sent of a matrix.
+        every: Updates of a replica of local_sgd between two averages.
+        local_after: Updates before that are allreduce's, for local_sgd (post-local SGD).
+        outer_lr: What local_sgd moves by, as a multiple of the average difference: 1 averages, DiLoCo has 0.7.
+        outer_momentum: Nesterov momentum of these moves: 0 averages, DiLoCo has 0.9.
+        fragments: Parts that local_sgd averages in turns, each while the next step computes; 0: everything at once,
+            and steps wait for it.
     """
 
     kind: str = "allreduce"
@@ -159,6 +168,12 @@ class Sync:
     bucket_mib: float = 8.0
     compress: str = "none"
     compress_warmup: int = 0
+    rank: int = 4
+    every: int = 32
+    local_after: int = 0
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+    fragments: int = 0
 
 
 @dataclass

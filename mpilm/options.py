@@ -95,19 +95,20 @@ def check(config: Config) -> None:
     """
     for option in ("run.steps", "data.sequence_length", "data.global_batch_size", "data.micro_batch_size",
                    "model.layers", "model.width", "model.heads", "run.max_skipped", "parallel.pp", "parallel.cp",
-                   "parallel.tp", "parallel.chunks", "log.every", "checkpoint.keep_last", "log.validation_sequences"):
+                   "parallel.tp", "parallel.chunks", "log.every", "checkpoint.keep_last", "log.validation_sequences",
+                   "sync.rank", "sync.every"):
         _require(config, option, lambda value: value >= 1, "a whole number from 1 up")
     for option in ("run.seed", "run.threads", "model.kv_heads", "model.hidden", "model.vocab_size",
                    "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every",
-                   "sync.compress_warmup"):
+                   "sync.compress_warmup", "sync.local_after", "sync.fragments"):
         _require(config, option, lambda value: value >= 0, "a whole number from 0 up")
     for option in ("optim.clip", "optim.weight_decay", "optim.lr"):
         _require(config, option, lambda value: 0 <= value < float("inf"), "a finite number from 0 up")
     for option in ("optim.min_lr", "optim.decay_fraction"):
         _require(config, option, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-    for option in ("optim.beta1", "optim.beta2"):
+    for option in ("optim.beta1", "optim.beta2", "sync.outer_momentum"):
         _require(config, option, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-    for option in ("optim.eps", "sync.bucket_mib", "model.rope_theta", "model.norm_eps"):
+    for option in ("optim.eps", "sync.bucket_mib", "sync.outer_lr", "model.rope_theta", "model.norm_eps"):
         _require(config, option, lambda value: 0 < value < float("inf"), "a finite number above 0")
     for option, most in LIMITS.items():
         _require(config, option, lambda value, most=most: value <= most, f"at most {most:,}")
@@ -116,6 +117,7 @@ def check(config: Config) -> None:
     _require(config, "sync.level", lambda value: value in (1, 2, 3), "1, 2 or 3")
     _check_shape(config.model)
     _check_sharding(config)
+    _check_local(config)
     if config.data.global_batch_size % config.data.micro_batch_size:
         raise UserError(f"--data.micro_batch_size {config.data.micro_batch_size} must divide "
                         f"--data.global_batch_size {config.data.global_batch_size}.")
@@ -136,6 +138,21 @@ def _check_sharding(config: Config) -> None:
         raise UserError(f"--sync.compress {config.sync.compress} remembers what it left out of whole gradients, and "
                         f"--sync.level {config.sync.level} keeps none whole: give --sync.level 1, or "
                         "--sync.compress none.")
+
+
+def _check_local(config: Config) -> None:
+    sync = config.sync
+    if sync.kind != "local_sgd":
+        return
+    if config.run.reproducible:
+        raise UserError("--sync.kind local_sgd: each replica goes its own way, so their number enters the result, "
+                        "which reproducible mode does not allow. Type --run.reproducible false too.")
+    if config.parallel.cp > 1:
+        raise UserError(f"--parallel.cp {config.parallel.cp}: ranks that share a sequence need each other's gradients "
+                        "at every step, which --sync.kind local_sgd does without: give --parallel.cp 1.")
+    if sync.fragments > sync.every:
+        raise UserError(f"--sync.fragments {sync.fragments}: one fragment is sent after a step, so no more than "
+                        f"--sync.every {sync.every} have their turn.")
 
 
 def _check_shape(model: Model) -> None:

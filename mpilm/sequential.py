@@ -155,7 +155,8 @@ class Model:
         ids = np.append(np.arange(len(given)), np.zeros(padding, np.int64)).reshape(-1, self.size)
         runs = order.even_runs(len(ids), self.mesh.dp.size)
         mine = runs[self.mesh.dp.rank]
-        made = self.pipeline.predict(Batch(given[ids[mine.start:mine.stop]], None, None))
+        with self.sync.averaged():
+            made = self.pipeline.predict(Batch(given[ids[mine.start:mine.stop]], None, None))
         shape = self.chunks[-1].seen[-1].shape
         outputs = torch.empty(len(ids), *shape)
         for replica, run in enumerate(runs):
@@ -168,6 +169,10 @@ class Model:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the layers, as nn.Sequential names it, on every rank: `layers.load_state_dict` takes it."""
+        with self.sync.averaged():
+            return self._state_dict()
+
+    def _state_dict(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for stage, tensors in enumerate(self.tensors):
             chunk, owner = divmod(stage, self.mesh.pp.size)

@@ -39,8 +39,15 @@ def pieces(shape: Shape, runs: Iterable[tuple[str, str, int, np.ndarray]]) -> It
 
 
 def from_checkpoint(shape: Shape, reader: Reader) -> Read:
-    """Reads runs of parameters and optimizer state from a checkpoint."""
+    """Reads runs of parameters and optimizer state from a checkpoint.
+
+    A state that it has nothing of, because what wrote it had no use for it, is zero as at the beginning of a run.
+    """
+    there = {tensor.partition(".")[0] for tensor in reader.tensors}
+
     def read(state: str, parameter: str, first: int, count: int) -> np.ndarray:
+        if state not in there:
+            return np.zeros(count, np.float32)
         return np.concatenate([reader.read(f"{state}.{tensor}", start, number)
                                for tensor, _, start, _, number in _tensors_in(shape, parameter, first, count)])
     return read

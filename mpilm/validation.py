@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,15 @@ class Validation:
 
     Args:
         share: So many ranks of `comm`, one next to the other, share every sequence.
+        averaged: The pipeline's parameters are the same on all ranks of `comm` in such a block.
 
     Raises:
         UserError: The validation split is shorter than one sequence.
     """
 
     def __init__(self, dataset: Dataset, pipeline: Pipeline, comm: Any, *, sequences: int, sequence_length: int,
-                 micro_batch_size: int, mask_documents: bool, share: int = 1) -> None:
+                 micro_batch_size: int, mask_documents: bool, share: int = 1,
+                 averaged: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         available = (dataset.num_tokens - 1) // sequence_length
         if available < 1:
             raise UserError(f"The validation split has {dataset.num_tokens} tokens, less than one sequence of "
@@ -39,6 +43,7 @@ class Validation:
         slots = max(1, min(sequences, available) // size)
         runs = even_runs(slots, comm.size // share)
         self.pipeline, self.losses = pipeline, Losses(comm, runs, pipeline.comm)
+        self.averaged = averaged
         self.tokens = slots * size * sequence_length
         mine = runs[comm.rank // share]
         self.together = max(1, TOKENS // (size * sequence_length))
@@ -51,10 +56,11 @@ class Validation:
     def loss(self) -> float:
         """Mean loss, nats per token."""
         losses = [np.empty(0)]
-        for number, first in enumerate(range(0, self.rounds, self.together)):
-            batch = self.loader.batch(number)
-            passes = filled(batch, min(self.together, self.rounds - first))
-            losses.append(self.pipeline.evaluate(passes)[:len(batch.inputs)])
+        with self.averaged():
+            for number, first in enumerate(range(0, self.rounds, self.together)):
+                batch = self.loader.batch(number)
+                passes = filled(batch, min(self.together, self.rounds - first))
+                losses.append(self.pipeline.evaluate(passes)[:len(batch.inputs)])
         return self.losses.mean(np.concatenate(losses))
 
 

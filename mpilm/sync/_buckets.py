@@ -76,20 +76,32 @@ class Bucket:
             states = tuple(torch.from_numpy(state[part]) for state in self.states.values())
             yield Flat(self.masters[part], self.shard[part], self.gradients.own[part], states, decay)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything a resume needs of my segment, float32, by the name of the state."""
+        return {MASTERS: self.masters.numpy(), **self.states}
+
     def load(self, read: Read) -> None:
         """Fill my segment of masters and optimizer state, and round the weights from the masters."""
-        for name, array in {MASTERS: self.masters.numpy(), **self.states}.items():
+        for name, array in self.arrays().items():
             for member, start, stop in self.layout.members_in(self.own):
                 values = read(name, member.name, start - member.start, stop - start)
                 array[start - self.own.start:stop - self.own.start] = values
+        self.round()
+
+    def round(self) -> None:
+        """Make my segment of the weights what the masters say."""
         if self.shard.data_ptr() != self.masters.data_ptr():
             self.shard.copy_(self.masters)
 
     def own_runs(self) -> list[Run]:
         """Everything a resume needs of my segment."""
-        arrays = {MASTERS: self.masters.numpy(), **self.states}
-        return [(name, member.name, start - member.start, array[start - self.own.start:stop - self.own.start])
-                for name, array in arrays.items() for member, start, stop in self.layout.members_in(self.own)]
+        return runs_of(self.layout, self.own, self.arrays())
+
+
+def runs_of(layout: Layout, share: slice, arrays: Mapping[str, np.ndarray]) -> list[Run]:
+    """The runs of all members in `share` of a bucket, of which `arrays` have the values."""
+    return [(name, member.name, start - member.start, array[start - share.start:stop - share.start])
+            for name, array in arrays.items() for member, start, stop in layout.members_in(share)]
 
 
 class Replica(Bucket):
@@ -111,8 +123,7 @@ class Replica(Bucket):
     def runs(self, part: int, parts: int) -> list[Run]:
         """One of `parts` shares of everything a resume needs."""
         share = segments(self.layout.count, parts)[part]
-        return [(name, member.name, start - member.start, array[start:stop])
-                for name, array in self.common.items() for member, start, stop in self.layout.members_in(share)]
+        return runs_of(self.layout, share, {name: array[share] for name, array in self.common.items()})
 
 
 class Shard(Bucket):

@@ -18,6 +18,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -120,10 +121,9 @@ class Synchronizer(ABC, Generic[AnyBucket]):
         """Agree on the gradients and update; a NaN or infinite norm leaves everything as it was, on all ranks."""
         started = time.perf_counter()
         self.worker.wait()
-        self.grad_norm = math.sqrt(math.fsum(self._all_blocks()))
+        scale = self._accept(update)
         self.departures = self._all_departures(self.places)
         reduced = time.perf_counter()
-        scale = update.accept(self.grad_norm)
         if scale is not None:
             for bucket in self.buckets:
                 for flat in bucket.flats():
@@ -132,6 +132,15 @@ class Synchronizer(ABC, Generic[AnyBucket]):
         updated = time.perf_counter()
         self._agree()
         self.seconds = {"comm_s": reduced - started + time.perf_counter() - updated, "optim_s": updated - reduced}
+
+    def _accept(self, update: Update) -> float | None:
+        """What gradients are multiplied by; None if the step must be skipped, on all ranks. Sets `grad_norm`."""
+        self.grad_norm = self._norm()
+        return update.accept(self.grad_norm)
+
+    def _norm(self) -> float:
+        """Of the gradients that the ranks of all stages have before them. Collective over `stages`."""
+        return math.sqrt(math.fsum(self._all_blocks()))
 
     def _all_blocks(self) -> np.ndarray:
         """The sums of squares of all blocks of all stages. Collective over `stages`."""
@@ -162,6 +171,10 @@ class Synchronizer(ABC, Generic[AnyBucket]):
 
         The shares are those of the replicas: `part` is this rank's number among them.
         """
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """For the time of this block the parameters are those that `runs` tells: for whoever evaluates."""
+        return nullcontext()
 
     @abstractmethod
     def memory(self) -> dict[str, int]:

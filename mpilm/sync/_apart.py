@@ -1,0 +1,125 @@
+"""A bucket of a replica that trains by itself for a while, and what brings the replicas together again.
+
+    anchor       what the replicas agreed on last, the same bits on all of them
+    masters      mine, some local steps away from it
+    difference   anchor - masters, times my share of the slots: summed over ranks it is the average difference
+
+    anchor  <-  an outer step (DiLoCo, arXiv 2311.08105) against the average difference
+    masters <-  anchor, and whatever I have moved on since the difference was taken
+
+An outer step with learning rate 1 and without momentum makes the anchor the average of all masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpilm.comm.order import BLOCK, segments
+from mpilm.sync._buckets import MASTERS, Bucket, Run, runs_of
+from mpilm.sync._compressed import Compress
+from mpilm.sync._gradients import Reduce, Whole
+from mpilm.sync._layout import Layout
+from mpilm.sync._slots import Visit
+
+DRIFT, MOMENTUM = "outer_drift", "outer_momentum"   # states in a checkpoint: zero is where a run begins
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Stochastic gradient descent with Nesterov momentum, as torch.optim.SGD has it, for differences as gradients."""
+
+    lr: float
+    momentum: float
+
+    def step(self, anchor: Tensor, difference: Tensor, velocity: Tensor) -> None:
+        """Move `anchor`; `velocity` has as many elements, or none without momentum."""
+        if self.momentum:
+            velocity.mul_(self.momentum).add_(difference)
+            anchor.sub_(velocity, alpha=self.lr * self.momentum)
+        anchor.sub_(difference, alpha=self.lr)
+
+
+class Apart(Bucket):
+    """Collective over the collective's communicator, like `average` and `runs`.
+
+    Args:
+        reduce: Sums gradients, in steps that are not local.
+        compress: How differences are summed.
+        share: Of the slots of a step that are mine.
+
+    Attributes:
+        difference: Given to `total` in the communication thread between `take` and `merge`.
+    """
+
+    def __init__(self, layout: Layout, collective: Any, reduce: Reduce, compress: Compress, outer: Outer, *,
+                 share: float, states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit]) -> None:
+        count, own = layout.count, slice(0, layout.count)
+        super().__init__(layout, own, Whole(layout, collective, reduce, own, visits))
+        self.collective, self.outer, self.share = collective, outer, share
+        self.masters, self.anchor = torch.zeros(count), torch.zeros(count)
+        self.flat = self.shard = self.masters if dtype == torch.float32 else torch.zeros(count, dtype=dtype)
+        self.states = {name: np.zeros(count, np.float32) for name in states}
+        self.velocity = torch.zeros(count if outer.momentum else 0)
+        self.squares = np.zeros(count // BLOCK)
+        self.difference = collective.allocate(count, np.float32)
+        self.total = compress(layout, collective, collective.allreduce)
+        self.taken: Tensor | None = None    # the masters as they were when the difference was taken
+
+    def take(self) -> None:
+        """Write down how far I have come from the anchor."""
+        torch.sub(self.anchor, self.masters, out=torch.from_numpy(self.difference)).mul_(self.share)
+        self.taken = self.masters.clone()
+
+    def merge(self) -> None:
+        """The difference is summed: an outer step, and back to the anchor but for what I moved since `take`."""
+        assert self.taken is not None, "no difference was taken"
+        self.outer.step(self.anchor, torch.from_numpy(self.difference), self.velocity)
+        self.masters.sub_(self.taken).add_(self.anchor)
+        self.taken = None
+        self.round()
+
+    def agree(self) -> None:
+        """All replicas have the same masters: they are the anchor."""
+        self.anchor.copy_(self.masters)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As Bucket, where the anchor stands for how far the masters are from it."""
+        velocity = {MOMENTUM: self.velocity.numpy()} if self.outer.momentum else {}
+        return {**super().arrays(), DRIFT: self.anchor.numpy(), **velocity}
+
+    def load(self, read: Any) -> None:
+        """As Bucket."""
+        super().load(read)
+        self.anchor.add_(self.masters)
+
+    def average(self) -> Tensor:
+        """The average of all replicas' masters; the anchor, to the bit, where nobody has moved from it."""
+        difference = (self.anchor - self.masters).mul_(self.share)
+        self.collective.allreduce(difference.numpy())
+        return self.anchor - difference
+
+    def runs(self, *, together: bool) -> list[Run]:
+        """This rank's share of everything a resume needs, averaged over the replicas; `together`: all have the same."""
+        comm = self.collective.comm
+        mine = segments(self.layout.count, comm.size)[comm.rank]
+        arrays = {name: array[mine] for name, array in self.arrays().items()}
+        if together:
+            arrays[DRIFT] = np.zeros_like(arrays[DRIFT])
+        else:
+            away = self._sum((self.anchor - self.masters).numpy(), mine)
+            arrays[MASTERS] = arrays[DRIFT] - away
+            arrays[DRIFT] = arrays[DRIFT] - arrays[MASTERS]
+            arrays |= {name: self._sum(array, mine) for name, array in self.states.items()}
+        return runs_of(self.layout, mine, arrays)
+
+    def _sum(self, array: np.ndarray, mine: slice) -> np.ndarray:
+        """Segment `mine` of the average."""
+        buffer = array * np.float32(self.share)
+        self.collective.reduce_scatter(buffer)
+        return buffer[mine].copy()
