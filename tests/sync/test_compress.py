@@ -42,9 +42,9 @@ def there_and_back(codec, values):
     return out
 
 
-@pytest.fixture(params=compress.names())
+@pytest.fixture(params=[name for name in compress.names() if issubclass(compress.get(name), compress.Codec)])
 def name(request):
-    """Every choice of the menu."""
+    """Every codec of the menu."""
     return request.param
 
 
@@ -110,7 +110,7 @@ def test_topk_sends_the_largest():
 def test_an_unknown_code_is_refused_with_those_there_are():
     """Also the name of the file behind `none`."""
     for wrong in ("float32", "zip", ""):
-        with pytest.raises(UserError, match="bf16, int8, none, onebit"):
+        with pytest.raises(UserError, match="bf16, int8, none, onebit, powersgd, topk"):
             compress.get(wrong)
 
 
