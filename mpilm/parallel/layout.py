@@ -33,11 +33,12 @@ def check(config: Config, shape: Shape, ranks: int) -> None:
     Raises:
         UserError: Names what was given and what would work.
     """
-    parallel = config.parallel
+    parallel, workers = config.parallel, ranks - num_servers(config)
     schedules.get(parallel.schedule)
+    require_workers(config, ranks)
     given = Axes(parallel.pp, parallel.cp, parallel.tp)
-    if reason := _why_not(config, shape, ranks, given):
-        raise UserError(f"{_options(given)}: {reason} {_remedy(config, shape, ranks, given)}")
+    if reason := _why_not(config, shape, workers, given):
+        raise UserError(f"{_options(given)}: {reason} {_remedy(config, shape, workers, given)}")
     stages(config, shape)
 
 
@@ -48,8 +49,14 @@ def _why_not(config: Config, shape: Shape, ranks: int, axes: Axes) -> str | None
         if cp == tp == 1:
             return f"{counted(ranks, 'rank')} can't be divided into pipelines of {pp}."
         return f"{counted(ranks, 'rank')} can't be divided into models of {' x '.join(map(str, axes))} (pp x cp x tp)."
-    return (_stages_why_not(config, shape, pp) or _context_why_not(config, cp) or _tensor_why_not(shape, tp)
-            or _slots_why_not(config, ranks // prod(axes)))
+    return (_servers_why_not(config, axes) or _stages_why_not(config, shape, pp) or _context_why_not(config, cp)
+            or _tensor_why_not(shape, tp) or _slots_why_not(config, ranks // prod(axes)))
+
+
+def _servers_why_not(config: Config, axes: Axes) -> str | None:
+    if num_servers(config) == 0 or prod(axes) == 1:
+        return None
+    return "--sync.kind parameter_server has whole models on its workers."
 
 
 def _stages_why_not(config: Config, shape: Shape, pp: int) -> str | None:
@@ -80,6 +87,35 @@ def _slots_why_not(config: Config, dp: int) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def require_workers(config: Config, ranks: int) -> None:
+    """Refuse more servers than there is work for.
+
+    Raises:
+        UserError: All ranks would be servers.
+    """
+    servers = num_servers(config)
+    if servers >= ranks:
+        raise UserError(f"--sync.servers {servers}: with {counted(ranks, 'rank')} nobody would be left to train. Start "
+                        f"{servers + 1} ranks or more" + (f", or give {ranks - 1} or fewer." if ranks > 1 else "."))
+
+
+def describe(config: Config, ranks: int) -> dict[str, int]:
+    """How so many ranks are used."""
+    parallel, servers = config.parallel, num_servers(config)
+    split = {"pp": parallel.pp, "cp": parallel.cp, "tp": parallel.tp}
+    return {"dp": (ranks - servers) // prod(split.values()), **split, **({"servers": servers} if servers else {})}
+
+
+def num_servers(config: Config) -> int:
+    """The first ranks, which train nothing."""
+    return config.sync.servers if config.sync.kind == "parameter_server" else 0
+
+
+def staleness(config: Config) -> float:
+    """How many steps replicas may be apart; without servers they never are."""
+    return float(config.sync.staleness) if num_servers(config) else 0.0
 
 
 def slots(config: Config, dp: int, *, reproducible: bool) -> list[range]:
