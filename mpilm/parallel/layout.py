@@ -45,18 +45,14 @@ def check(config: Config, shape: Shape, ranks: int) -> None:
 def _why_not(config: Config, shape: Shape, ranks: int, axes: Axes) -> str | None:
     """The first reason against a layout."""
     pp, cp, tp = axes
+    if num_servers(config) and prod(axes) > 1:
+        return "--sync.kind parameter_server wants a whole model on each worker."
     if ranks % prod(axes):
         if cp == tp == 1:
             return f"{counted(ranks, 'rank')} can't be divided into pipelines of {pp}."
         return f"{counted(ranks, 'rank')} can't be divided into models of {' x '.join(map(str, axes))} (pp x cp x tp)."
-    return (_servers_why_not(config, axes) or _stages_why_not(config, shape, pp) or _context_why_not(config, cp)
-            or _tensor_why_not(shape, tp) or _slots_why_not(config, ranks // prod(axes)))
-
-
-def _servers_why_not(config: Config, axes: Axes) -> str | None:
-    if num_servers(config) == 0 or prod(axes) == 1:
-        return None
-    return "--sync.kind parameter_server has whole models on its workers."
+    return (_stages_why_not(config, shape, pp) or _context_why_not(config, cp) or _tensor_why_not(shape, tp)
+            or _slots_why_not(config, ranks // prod(axes)))
 
 
 def _stages_why_not(config: Config, shape: Shape, pp: int) -> str | None:
