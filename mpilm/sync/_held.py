@@ -1,4 +1,8 @@
-"""A server's part of a bucket: masters, optimizer states, and a place for the gradients of every worker."""
+"""A server's part of a bucket: masters, optimizer states, and a place for the gradients of every worker.
+
+Places of workers on the same node are the workers' own: sums are made there, where a worker does not look again before
+it has pulled what came of them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from mpilm.comm.roles import Roles
 from mpilm.flat import Update
 from mpilm.sync._buckets import Segment
 from mpilm.sync._layout import Layout
+from mpilm.sync._pushes import pushed
 from mpilm.sync._staleness import Rule
 
 TOGETHER = 16   # blocks that are summed over workers and squared while they are in the cache
@@ -42,7 +47,9 @@ class Held(Segment):
         super().__init__(layout, order.segments(layout.count, roles.servers)[roles.comm.rank])
         count = self.own.stop - self.own.start
         self.roles, self.rule = roles, rule
-        self.incoming = [arrays.zeros(count, np.float32) for _ in range(roles.workers)]
+        places = roles.places(layout.count)
+        self.seen = [place is not None for place in places]
+        self.incoming = [arrays.zeros(count, np.float32) if place is None else place[self.own] for place in places]
         self.requests: list[list[MPI.Request]] = [[] for _ in self.incoming]
         self.sends = p2p.Ledger()
         self.masters = torch.from_numpy(arrays.zeros(count, np.float32))
@@ -57,7 +64,7 @@ class Held(Segment):
         """Begin to receive a worker's next gradients."""
         self.requests[worker] = [
             self.roles.comm.Irecv(part, source=self.roles.rank(worker), tag=p2p.TAG_PUSH)
-            for part in arrays.messages(self.incoming[worker])]
+            for part in pushed(self.incoming[worker], seen=self.seen[worker])]
 
     def collect(self, members: Sequence[int], *, stale: bool) -> None:
         """Wait for the gradients of `members`, and sum them along the tree over workers."""
@@ -92,6 +99,7 @@ class Held(Segment):
     def nbytes(self) -> dict[str, int]:
         """Held, by what for."""
         apart = self.array.nbytes if self.shard.data_ptr() != self.masters.data_ptr() else 0
+        own = [array.nbytes for array, seen in zip(self.incoming, self.seen, strict=True) if not seen]
         return {"weights": apart + sum(pulled.nbytes for pulled in self.pulled), "masters": self.masters.nbytes,
                 "optimizer": sum(state.nbytes for state in self.states.values()),
-                "gradients": sum(array.nbytes for array in self.incoming)}
+                "gradients": sum(own)}

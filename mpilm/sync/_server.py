@@ -26,9 +26,9 @@ from mpilm.sync import _staleness
 from mpilm.sync._buckets import Read, Run
 from mpilm.sync._clocks import Clocks
 from mpilm.sync._held import Held
+from mpilm.sync._pushes import server_layouts
 from mpilm.sync._reply import Reply
 from mpilm.sync._staleness import Staleness
-from mpilm.sync.parameter_server import server_layouts
 
 
 class Server:

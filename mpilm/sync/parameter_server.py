@@ -4,7 +4,8 @@
     server    receive      | sum bucket 0  | sum bucket 1  | ... norm, update, send
 
 This is the workers' side; `_server.py` is the other one. A bucket's gradients are summed over this worker's slots and
-pushed as float32, to every server its segment, while the backward pass still runs. What comes back is what the model
+pushed as float32, to every server its segment, while the backward pass still runs. A server of the same node has them
+before its eyes, in memory that they share, and is only told that they are there. What comes back is what the model
 computes with (bf16, or float32), and a word about the update (`_reply.py`). When it comes is the servers' affair:
 `_clocks.py` has the rules, which with staleness 0 make a step of all workers one update, to the bit that of allreduce.
 """
@@ -26,19 +27,11 @@ from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import Update
 from mpilm.sync._buckets import Read, Run
 from mpilm.sync._gradients import Gradients, Whole
-from mpilm.sync._layout import Layout, Parameter, lay_out
+from mpilm.sync._layout import Layout
+from mpilm.sync._pushes import pushed, server_layouts
 from mpilm.sync._reply import SIZE, Reply
 from mpilm.sync._slots import Visit, running_visits, tree_visits
 from mpilm.sync._synchronizer import Synchronizer
-
-FLOAT_BYTES = 4
-
-
-def server_layouts(parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], *, bucket_mib: float,
-                   servers: int) -> list[Layout]:
-    """The buckets, each of which is cut into one segment a server: the same on servers and workers."""
-    sizes = [Parameter(name, p.numel(), name in decayed) for name, p in parameters.items()]
-    return lay_out(sizes, int(bucket_mib * 2**20 / FLOAT_BYTES), owners=servers)
 
 
 class Pulled:
@@ -56,7 +49,10 @@ class Pulled:
         self.cut = order.segments(layout.count, roles.servers)
         self.array = arrays.zeros(layout.count, bridge.array_dtype(dtype))
         self.flat = bridge.tensor(self.array, dtype)
-        self.gradients = Whole(layout, arrays.zeros, self._push, slice(0, layout.count), visits)
+        shared = roles.places(layout.count)[roles.side.rank]
+        self.gradients = Whole(layout, lambda count, dtype: arrays.zeros(count, dtype) if shared is None else shared,
+                               self._push, slice(0, layout.count), visits)
+        self.seen = [shared is not None and roles.near(server) for server in range(roles.servers)]
 
     def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
         """As Leaving."""
@@ -65,7 +61,7 @@ class Pulled:
     def _push(self, gradients: np.ndarray) -> None:
         ledger = p2p.Ledger()
         for server, piece in enumerate(self.cut):
-            for part in arrays.messages(gradients[piece]):
+            for part in pushed(gradients[piece], seen=self.seen[server]):
                 ledger.send(self.roles.comm, part, dest=server, tag=p2p.TAG_PUSH)
         ledger.wait()
 

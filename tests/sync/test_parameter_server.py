@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpilm import assemble
+from mpilm.comm import arrays
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline
 from mpilm.log import UserError
@@ -39,6 +40,25 @@ def test_staleness_0_has_the_bits_of_allreduce(rule, precision, comm, monkeypatc
         for bucket_mib in (0.05, 64.0):
             mine = server_cases.train(with_servers(servers, bucket_mib=bucket_mib), precision=precision)
             everywhere(comm, same(expected, mine), f"{servers} servers, buckets of {bucket_mib} MiB")
+
+
+@pytest.mark.parametrize("without", [{"MPILM_RANKS_PER_NODE": "1"}, {"MPILM_RANKS_PER_NODE": "2"},
+                                     {"MPILM_SHARED_MEMORY": "/nonexistent"}], ids=str)
+def test_over_several_nodes(without, comm, monkeypatch):
+    """Emulated ones: gradients are sent, or lie where a server sees them, or both."""
+    for name, value in without.items():
+        monkeypatch.setenv(name, value)
+    expected = alone(configuration(), precision="bf16")
+    for servers in range(1, comm.size):
+        mine = server_cases.train(with_servers(servers), precision="bf16")
+        everywhere(comm, same(expected, mine), f"{servers} servers")
+
+
+def test_long_gradients_are_sent_in_pieces(comm, monkeypatch):
+    """No message is longer than MPI counts; parameters come back in pieces as well."""
+    monkeypatch.setenv("MPILM_RANKS_PER_NODE", "1")
+    monkeypatch.setattr(arrays, "MESSAGE_BYTES", 10_000)
+    everywhere(comm, same(alone(configuration()), server_cases.train(with_servers(1))))
 
 
 def test_without_a_second_thread_the_bits_are_the_same(comm, monkeypatch):
@@ -104,9 +124,11 @@ def test_servers_share_by_bytes_and_workers_hold_no_state(comm):
 DELAYS = st.lists(st.lists(st.sampled_from([0, 0, 1, 4]), min_size=6, max_size=6), min_size=3, max_size=3)
 
 
+@pytest.mark.parametrize("ranks_per_node", [1, 4])
 @pytest.mark.parametrize("servers", [1, 2])
-def test_nobody_is_further_ahead_than_allowed_and_pulls_are_whole(servers, comm, watch):
+def test_nobody_is_further_ahead_than_allowed_and_pulls_are_whole(servers, ranks_per_node, comm, watch, monkeypatch):
     """Random delays: no step begins before everyone has done the steps it must, and weights are all of one version."""
+    monkeypatch.setenv("MPILM_RANKS_PER_NODE", str(ranks_per_node))
     servers = min(servers, comm.size - 1)
 
     @settings(max_examples=20)
