@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,14 +46,14 @@ class Trainer:
 
     def run(self) -> None:
         """Train until `run.steps` steps are done."""
-        window = Window(self.sync.done(self.state.step))
-        while self.state.step < self.config.run.steps:
-            loss = self.step()
-            window.add(self.seconds)
-            self._tell(loss, window)
-            self.saver.after_step(self.state, last=self.state.step == self.config.run.steps)
-        self.saver.wait()
-        self.metrics.close()
+        with closing(self.metrics):
+            window = Window(self.sync.done(self.state.step))
+            while self.state.step < self.config.run.steps:
+                loss = self.step()
+                window.add(self.seconds)
+                self._tell(loss, window)
+                self.saver.after_step(self.state, last=self.state.step == self.config.run.steps)
+            self.saver.wait()
 
     def step(self) -> float:
         """One update; returns the mean loss of the global batch before it, nats per token."""

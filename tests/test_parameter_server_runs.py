@@ -99,6 +99,15 @@ def test_what_servers_do_not_do_is_refused(comm, data, tmp_path_all):
             train(comm, data, tmp_path_all / "run", **SERVERS, **change)
 
 
+@pytest.mark.ranks(min=2, max=3)
+def test_a_run_that_diverges_ends_for_servers_and_workers(comm, data, tmp_path_all, watch):
+    """With the same words on all of them."""
+    diverging = {"optim.lr": 1e30, "optim.warmup_steps": 0, "run.steps": 30, "run.max_skipped": 3}
+    with watch(60), pytest.raises(UserError, match="3 times in a row") as error:
+        train(comm, data, tmp_path_all / "run", **SERVERS, **diverging)
+    everywhere(comm, len(set(comm.allgather(str(error.value)))) == 1, str(error.value))
+
+
 def pid_of(rank, job):
     """The process of a rank of a job, or None while there is none."""
     names = {f"{name}={rank}".encode() for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK")}

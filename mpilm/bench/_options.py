@@ -28,6 +28,8 @@ def server(parser: argparse.ArgumentParser) -> None:
     _contest(parser, _servers.names(), _servers.MEASURED, "contenders")
     parser.add_argument("--mib", type=_positive, default=64,
                         help="size of the gradients that a server is timed with (default: %(default)s)")
+    parser.add_argument("--sleep_ms", type=_positive, default=20,
+                        help="what a step takes a worker that sleeps instead of computing (default: %(default)s)")
 
 
 def pipeline(parser: argparse.ArgumentParser) -> None:

@@ -31,11 +31,11 @@ Emit = Callable[[str, str, float, str], None]
 MIB = 2**20
 FLOAT_BYTES = 4
 SLEEPERS_MIB = 1    # of gradients, where workers sleep
-STEPS, SLEEP_S, SLOW = 24, 0.02, 4.0
-TURNS = 3
+STEPS, SLOW = 24, 4.0
 
 
-def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, rounds: int, steps: int, mib: int) -> None:
+def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, rounds: int, steps: int, mib: int,
+        sleep_ms: int) -> None:
     """Measure. Collective over `comm`.
 
     Args:
@@ -46,6 +46,7 @@ def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, rounds: int, steps: 
         rounds: Turns of every contender.
         steps: Timed steps of a turn.
         mib: Of the gradients of an update.
+        sleep_ms: What a step takes a worker that sleeps.
 
     Raises:
         UserError: An unknown case or contender, one rank only, or ranks on several machines.
@@ -60,7 +61,7 @@ def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, rounds: int, steps: 
             emit(one.name, name, results.median(name), "tokens/s")
     _updates(comm, emit, mib, rounds)
     if comm.size > 2:
-        _curves(comm, emit)
+        _curves(comm, emit, rounds, sleep_ms / 1e3)
 
 
 def _case(name: str) -> Case:
@@ -89,15 +90,15 @@ def _updates(comm: MPI.Comm, emit: Emit, mib: int, rounds: int) -> None:
         emit(f"update of {mib} MiB by {comm.size - 1} workers", name, 1e3 * value, "ms")
 
 
-def _curves(comm: MPI.Comm, emit: Emit) -> None:
+def _curves(comm: MPI.Comm, emit: Emit, rounds: int, sleep_s: float) -> None:
     from mpilm.bench._serving import Pace, choices, pace
 
     count = SLEEPERS_MIB * MIB // FLOAT_BYTES
-    plans = {"nobody slow": Pace(STEPS, SLEEP_S, 1.0), "one slow worker": Pace(STEPS, SLEEP_S, SLOW),
-             "anyone slow at times": Pace(STEPS, SLEEP_S, SLOW, anyone=True)}
+    plans = {"nobody slow": Pace(STEPS, sleep_s, 1.0), "one slow worker": Pace(STEPS, sleep_s, SLOW),
+             "anyone slow at times": Pace(STEPS, sleep_s, SLOW, anyone=True)}
     for name, plan in plans.items():
         seen: dict[str, list[float]] = {who: [] for who, _ in choices()}
-        for _ in range(TURNS):
+        for _ in range(rounds):
             for who, staleness in choices():
                 seen[who].append(pace(comm, count, staleness, plan))
         for who, rates in seen.items():
