@@ -66,7 +66,7 @@ def serve(server, update):
 
 @dataclass
 class Seen:
-    """What a worker saw at the beginning of each of its steps, and when it had computed."""
+    """What a worker saw at the beginning of each of its steps, and when it began to compute gradients."""
 
     begun: list[float] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
@@ -122,10 +122,10 @@ def _work(sync, parameters, update, seen, delays, before):
             break
         before(step)
         time.sleep(delay)
+        seen.computed.append(time.monotonic())      # gradients leave from here on
         sync.begin_slot(0, sync.places)
         sum(parameter.sum() for parameter in parameters.values()).backward()
         sync.end_slot()
-        seen.computed.append(time.monotonic())
         update.begin(step)
         sync.step(update)
     seen.histogram = sync.told()["staleness_histogram"]

@@ -65,7 +65,7 @@ def data(comm, tmp_path_all):
     return tmp_path_all / "data"
 
 
-@pytest.mark.ranks(min=2, max=4)
+@pytest.mark.ranks(min=2, max=3)
 def test_saved_and_resumed_with_servers_and_without(comm, data, tmp_path_all):
     """As many servers as can be, one, none, one: losses, norms, validation and weights of an undisturbed allreduce."""
     undisturbed = train(comm, data, tmp_path_all / "whole")[:2]
@@ -76,7 +76,7 @@ def test_saved_and_resumed_with_servers_and_without(comm, data, tmp_path_all):
         everywhere(comm, train(comm, data, run, **way)[:2] == undisturbed, f"from {begin} on with {way}")
 
 
-@pytest.mark.ranks(min=2, max=4)
+@pytest.mark.ranks(min=2, max=3)
 def test_an_asynchronous_run_is_saved_and_goes_on(comm, data, tmp_path_all):
     """Every step is told once, staleness with it; at the end all of it has been done."""
     run, workers = tmp_path_all / "run", comm.size - 1

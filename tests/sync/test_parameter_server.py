@@ -19,7 +19,7 @@ from tests.helpers import everywhere
 from tests.server_cases import everyone, play, serve, with_servers
 from tests.training_cases import STEPS, alone, batch_of, configuration, windows
 
-pytestmark = pytest.mark.ranks(min=2)
+pytestmark = pytest.mark.ranks(min=2, max=3)
 RULES = ("none", "scale", "compensate")
 
 
@@ -29,6 +29,7 @@ def same(expected, mine):
                             all(torch.equal(mine[2][name], value) for name, value in expected[2].items()))
 
 
+@pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_staleness_0_has_the_bits_of_allreduce(rule, precision, comm, monkeypatch):
@@ -42,6 +43,7 @@ def test_staleness_0_has_the_bits_of_allreduce(rule, precision, comm, monkeypatc
             everywhere(comm, same(expected, mine), f"{servers} servers, buckets of {bucket_mib} MiB")
 
 
+@pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("without", [{"MPILM_RANKS_PER_NODE": "1"}, {"MPILM_RANKS_PER_NODE": "2"},
                                      {"MPILM_SHARED_MEMORY": "/nonexistent"}], ids=str)
 def test_over_several_nodes(without, comm, monkeypatch):
@@ -124,6 +126,7 @@ def test_servers_share_by_bytes_and_workers_hold_no_state(comm):
 DELAYS = st.lists(st.lists(st.sampled_from([0, 0, 1, 4]), min_size=6, max_size=6), min_size=3, max_size=3)
 
 
+@pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("ranks_per_node", [1, 4])
 @pytest.mark.parametrize("servers", [1, 2])
 def test_nobody_is_further_ahead_than_allowed_and_pulls_are_whole(servers, ranks_per_node, comm, watch, monkeypatch):
@@ -131,7 +134,7 @@ def test_nobody_is_further_ahead_than_allowed_and_pulls_are_whole(servers, ranks
     monkeypatch.setenv("MPILM_RANKS_PER_NODE", str(ranks_per_node))
     servers = min(servers, comm.size - 1)
 
-    @settings(max_examples=20)
+    @settings(max_examples=12)
     @given(DELAYS, st.sampled_from([0, 1, 2, float("inf")]), st.sampled_from([3, 99]), st.sampled_from(RULES[:2]))
     def check(delays, staleness, every, rule):
         with watch(60):
@@ -170,7 +173,7 @@ def test_pulled_weights_in_bf16_are_whole_too(comm):
         _check_versions(one, "none")
 
 
-@pytest.mark.ranks(min=3)
+@pytest.mark.ranks(min=3, max=3)
 @pytest.mark.parametrize(("staleness", "ahead"), [(0, 1), (2, 3), (float("inf"), 8)])
 def test_the_fast_go_ahead_as_far_as_allowed(staleness, ahead, comm, watch):
     """The last worker computes nothing before another one has begun `ahead` steps: both make progress."""
