@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from mpi4py import MPI
 
-from mpilm import arithmetic, resume, sync
+from mpilm import arithmetic, resume, room, sync
 from mpilm.arithmetic import Arithmetic
 from mpilm.checkpoint import Reader, Writer
 from mpilm.comm import choose
 from mpilm.comm.collectives import Collective
-from mpilm.comm.mesh import AXES, Mesh
+from mpilm.comm.mesh import Mesh
 from mpilm.comm.node import Node
-from mpilm.comm.order import BLOCK
+from mpilm.comm.roles import Roles
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
 from mpilm.data._files import write_bytes
@@ -26,7 +27,7 @@ from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
 from mpilm.launch import World, on_root
-from mpilm.log import UserError, say, warn
+from mpilm.log import UserError, warn
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
 from mpilm.model.context import WHOLE, Whole
@@ -37,10 +38,13 @@ from mpilm.parallel import layout, schedules
 from mpilm.parallel.context import Ring
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
-from mpilm.saver import Saver
-from mpilm.state import TrainState, from_checkpoint, initial
+from mpilm.saver import Elsewhere, Holder, Saver
+from mpilm.server import Serving, meets
+from mpilm.state import Read, TrainState, start, values
 from mpilm.sync import Synchronizer, compress
-from mpilm.sync._compressed import Compress, compressed, uncompressed
+from mpilm.sync._clocks import Clocks
+from mpilm.sync._compressed import Compress
+from mpilm.sync._server import Server
 from mpilm.trainer import Trainer
 from mpilm.validation import Validation
 
@@ -64,8 +68,8 @@ class Core:
         return named(self.parts)
 
 
-def trainer(config: Config, world: World) -> Trainer:
-    """The whole program, at the step where it goes on. Collective over `world.comm`.
+def program(config: Config, world: World) -> Trainer | Serving:
+    """The whole program, at the step where it goes on: a trainer, or what a server does. Collective over `world.comm`.
 
     Raises:
         UserError: On every rank, for whatever of the configuration, data or checkpoint can't be used.
@@ -73,23 +77,34 @@ def trainer(config: Config, world: World) -> Trainer:
     dataset = open_split(config, "train")
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
-    _check_memory(shape, world)
+    room.check(shape, world)
     reader = resume.find(config, world.comm)
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
         resume.check(reader, shape=asdict(shape), data=about_data, config=config)
     decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else {})
-    core = build(config, world, shape, decision)
-    state = restore(core, shape, config, reader)
+    directory = Path(config.run.dir)
+    on_root(world.comm, lambda: write_bytes(directory / "config.toml", config.to_toml().encode()))
     about = {"shape": asdict(shape), "data": {**about_data, "tokenizer": dataset.tokenizer_hash},
-             "config": config.to_dict(), "arithmetic": decision.to_dict(), "layout": _describe(core.mesh)}
+             "config": config.to_dict(), "arithmetic": decision.to_dict(),
+             "layout": layout.describe(config, world.size)}
+    roles = assign(config, world)
+    if roles.serving:
+        state = start(reader)
+        server, update = serve(config, shape, decision, roles, state, values(shape, config.run.seed, reader))
+        saver = _saver(config, world, roles.side, server, roles.side, shape, about, reader=reader)
+        return Serving(config, state, server, update, saver)
+    core = build(config, world, shape, decision, roles)
+    state = restore(core, shape, config, reader)
     return Trainer(
         config=config, state=state, update=core.update, pipeline=core.pipeline, sync=core.sync,
         loader=_loader(config, dataset, core.slots),
         losses=core.losses,
         validation=_validation(config, core),
-        metrics=_metrics(config, world, state),
-        saver=_saver(config, world, core, shape, about, reader=reader),
+        metrics=Metrics(directory, step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard,
+                        write=core.mesh.comm.rank == 0),
+        saver=Elsewhere() if roles.servers else _saver(
+            config, world, roles.side, core.sync, core.mesh.replicas, shape, about, reader=reader),
         flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)
 
 
@@ -112,19 +127,39 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
                  tied_embeddings=model.tied_embeddings, rope_theta=model.rope_theta, norm_eps=model.norm_eps)
 
 
-def _check_memory(shape: Shape, world: World) -> None:
-    """Refuse what cannot fit in whatever layout, rather than be killed for it. Collective over `world.comm`."""
-    least = 4 * FLOAT_BYTES * count.parameters(shape)
-    there = world.comm.allreduce(world.memory)
-    if least > there:
-        raise UserError(
-            f"A model of {count.parameters(shape):,} parameters takes at least {least / 2**30:,.1f} GiB (weights, "
-            f"gradients, two states of the optimizer), and all ranks together have {there / 2**30:,.1f} GiB of memory. "
-            "Lower --model.width, --model.layers or --model.vocab_size, or use more nodes.")
+def assign(config: Config, world: World) -> Roles:
+    """Who serves and who works. Collective over `world.comm`.
+
+    Raises:
+        UserError: There is nobody to work.
+    """
+    layout.require_workers(config, world.size)
+    return world.owns(Roles.build(world.comm, servers=layout.num_servers(config)))
 
 
-def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> Core:
-    """Parts of the model and synchronizer, with memory but without values yet. Collective over `world.comm`.
+def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, state: TrainState,
+          read: Read) -> tuple[Server, Update]:
+    """A server that has sent everyone its first parameters, and its update. Collective over all ranks of `roles`: the
+    others `build` and `restore`."""
+    with torch.device("meta"):
+        parameters = named([GPT(shape)])
+    update = Update(config.optim, config.run.steps)
+    update.applied, update.skipped = state.applied, state.skipped
+    runs = layout.slots(config, roles.workers, reproducible=decision.reproducible)
+    clocks = Clocks(roles.workers, staleness=layout.staleness(config), start=state.step, steps=config.run.steps,
+                    meets=partial(meets, config), shares=[len(run) for run in runs])
+    server = Server(parameters, _matrices(parameters), roles, clocks, rule=config.sync.staleness_rule,
+                    compress=_compress(config, update), states=update.STATES, dtype=decision.dtype,
+                    bucket_mib=config.sync.bucket_mib)
+    server.load(read, update)
+    return server, update
+
+
+def build(config: Config, world: World, shape: Shape, decision: Arithmetic, roles: Roles | None = None) -> Core:
+    """Parts of the model and synchronizer, with memory but without values yet. Collective over those who work.
+
+    Args:
+        roles: As `assign` gave them; None: that is done here, and nobody serves.
 
     Raises:
         UserError: The layout is impossible; the message names those that would work.
@@ -132,24 +167,28 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     if config.model.kind != "gpt":
         raise UserError(f"--model.kind {config.model.kind}: this version has gpt.")
     layout.check(config, shape, world.size)
+    roles = roles or assign(config, world)
     parallel = config.parallel
     pp, cp, tp = parallel.pp, parallel.cp, parallel.tp
-    mesh = world.owns(Mesh.build(world.comm, dp=world.size // (pp * cp * tp), pp=pp, cp=cp, tp=tp))
+    mesh = world.owns(Mesh.build(roles.side, dp=roles.workers // (pp * cp * tp), pp=pp, cp=cp, tp=tp))
     runs = layout.slots(config, mesh.dp.size, reproducible=decision.reproducible)
     slots = runs[mesh.dp.rank]
+    together = mesh.replicas
+    if layout.staleness(config):    # a step is this replica's own
+        runs, together = [slots], MPI.COMM_SELF
     context = _context(mesh)
     parts = [GPT(shape, units, context) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
-    synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype)
+    synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype,
+                               roles=roles)
     for part in parts:
         part.recompute, part.around = parallel.recompute, synchronizer.around
-    schedule = schedules.get(config.parallel.schedule)
     if decision.compile:
         for part in parts:
             part.compile_parts()
-    stages = Pipeline(parts, synchronizer, mesh.pp, schedule,
+    stages = Pipeline(parts, synchronizer, mesh.pp, schedules.get(parallel.schedule),
                       num_slots=sum(map(len, runs)) * cp, dtype=decision.dtype)
-    return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.replicas, runs, mesh.pp), update)
+    return Core(mesh, slots, parts, synchronizer, stages, Losses(together, runs, mesh.pp), update)
 
 
 def _context(mesh: Mesh) -> Whole:
@@ -159,25 +198,25 @@ def _context(mesh: Mesh) -> Whole:
 
 
 def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
-                num_slots: int, dtype: torch.dtype) -> Synchronizer[Any]:
+                num_slots: int, dtype: torch.dtype, roles: Roles | None = None) -> Synchronizer[Any]:
     """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
-    matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
     kind = sync.get(config.sync.kind)
+    by = roles if roles and roles.servers else _collective(config, world, mesh, parameters.values())
     synchronizer: Synchronizer[Any] = kind(
-        parameters, matrices, _collective(config, world, mesh, parameters.values()), mesh.parts,
-        _worker(world, mesh), update=update, compress=_compress(config, update), num_slots=num_slots, dtype=dtype,
-        bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible,
-        **_options_of(kind, config))
+        parameters, _matrices(parameters), by, mesh.parts, _worker(world, mesh), update=update,
+        compress=_compress(config, update), num_slots=num_slots, dtype=dtype, bucket_mib=config.sync.bucket_mib,
+        reproducible=config.run.reproducible, **_options_of(kind, config))
     return world.owns(synchronizer)
+
+
+def _matrices(parameters: dict[str, torch.nn.Parameter]) -> set[str]:
+    """Names of those that weight decay applies to."""
+    return {name for name, parameter in parameters.items() if parameter.dim() > 1}
 
 
 def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:
     """Name -> parameter of all `parts`, in the order of the forward pass."""
     return {name: parameter for part in parts for name, parameter in part.named_parameters()}
-
-
-def _describe(mesh: Mesh) -> dict[str, int]:
-    return {axis: getattr(mesh, axis).size for axis in AXES}
 
 
 def _options_of(choice: type[Any], config: Config) -> dict[str, Any]:
@@ -187,26 +226,15 @@ def _options_of(choice: type[Any], config: Config) -> dict[str, Any]:
 
 def _compress(config: Config, update: Update) -> Compress:
     way = compress.get(config.sync.compress)
-    return uncompressed if config.sync.compress == "none" else compressed(
-        way(**_options_of(way, config)), warmup=config.sync.compress_warmup, applied=lambda: update.applied)
+    return Compress() if config.sync.compress == "none" else Compress(
+        way(**_options_of(way, config)), config.sync.compress_warmup, lambda: update.applied)
 
 
 def _collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter]) -> Collective:
     node = world.owns(Node.build(mesh.replicas))
     return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
                                    count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
-                                   shared_bytes=_shared_bytes(mesh, node, parameters)))
-
-
-def _shared_bytes(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Parameter]) -> int:
-    """What the ranks of a node share at most: gradients of each, and masters, optimizer states and weights once, of
-    all the replicas' groups that sit there. Collective over `mesh.comm`."""
-    count = sum(-(-parameter.numel() // BLOCK) * BLOCK for parameter in parameters)
-    mine = (node.comm.size + 4) * FLOAT_BYTES * count // node.comm.size
-    host = mesh.comm.Split_type(MPI.COMM_TYPE_SHARED)
-    everyone: int = mesh.comm.allreduce(host.allreduce(mine), op=MPI.MAX)
-    host.Free()
-    return everyone
+                                   shared_bytes=room.shared(mesh, node, parameters)))
 
 
 def _worker(world: World, mesh: Mesh) -> Worker | Inline:
@@ -221,13 +249,9 @@ def _worker(world: World, mesh: Mesh) -> Worker | Inline:
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:
     """Give parameters and optimizer their values: initial ones, or a checkpoint's. Collective over the workers."""
-    if reader is None:
-        core.sync.load(initial(shape, config.run.seed))
-        return TrainState()
-    core.sync.load(from_checkpoint(shape, reader))
-    state = TrainState(**reader.meta["state"])
+    core.sync.load(values(shape, config.run.seed, reader))
+    state = start(reader)
     core.update.applied, core.update.skipped = state.applied, state.skipped
-    say(f"resumed from {reader.path} at step {state.step}")
     return state
 
 
@@ -259,18 +283,12 @@ def validation(config: Config, stages: Pipeline, comm: Any, *, share: int = 1,
                       mask_documents=data.mask_documents, share=share, averaged=averaged)
 
 
-def _metrics(config: Config, world: World, state: TrainState) -> Metrics:
-    directory = Path(config.run.dir)
-    on_root(world.comm, lambda: write_bytes(directory / "config.toml", config.to_toml().encode()))
-    return Metrics(directory, step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard,
-                   write=world.rank == 0)
-
-
-def _saver(config: Config, world: World, core: Core, shape: Shape, about: dict[str, Any], *,
-           reader: Reader | None) -> Saver:
-    writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint"),
+def _saver(config: Config, world: World, everyone: MPI.Comm, holds: Holder, sharing: MPI.Comm, shape: Shape,
+           about: dict[str, Any], *, reader: Reader | None) -> Saver:
+    """Of `everyone` who has something to save, those of `sharing` have the same tensors."""
+    writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint", everyone),
                     keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    return Saver(writer, core.sync, shape, core.mesh.replicas, config.checkpoint, about=about, reader=reader)
+    return Saver(writer, holds, shape, sharing, config.checkpoint, about=about, reader=reader)
 
 
 def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:

@@ -27,11 +27,18 @@ class Update(Protocol):
 
     Attributes:
         STATES: Names of its states, one float32 array each.
-        applied: Updates made so far.
+        lr: Of the next update.
+        applied, skipped, skipped_in_a_row: Updates that were made, left out, and left out since the last one.
     """
 
     STATES: ClassVar[tuple[str, ...]]
+    lr: float
     applied: int
+    skipped: int
+    skipped_in_a_row: int
+
+    def begin(self, step: int) -> None:
+        """The next update is that of `step`."""
 
     def accept(self, grad_norm: float) -> float | None:
         """What gradients of this global norm are multiplied by; None if the step must be skipped."""

@@ -92,9 +92,9 @@ def _has_step(line: str) -> bool:
         return False
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
-    return value if math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sentence(values: dict[str, Any], seconds_left: float) -> str:

@@ -96,7 +96,7 @@ def check(config: Config) -> None:
     for option in ("run.steps", "data.sequence_length", "data.global_batch_size", "data.micro_batch_size",
                    "model.layers", "model.width", "model.heads", "run.max_skipped", "parallel.pp", "parallel.cp",
                    "parallel.tp", "parallel.chunks", "log.every", "checkpoint.keep_last", "log.validation_sequences",
-                   "sync.rank", "sync.every"):
+                   "sync.rank", "sync.every", "sync.servers"):
         _require(config, option, lambda value: value >= 1, "a whole number from 1 up")
     for option in ("run.seed", "run.threads", "model.kv_heads", "model.hidden", "model.vocab_size",
                    "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every",
@@ -115,9 +115,11 @@ def check(config: Config) -> None:
     for option in ("run.dir", "run.resume"):
         _require(config, option, lambda value: value.strip() and "\0" not in value, "a name")
     _require(config, "sync.level", lambda value: value in (1, 2, 3), "1, 2 or 3")
+    _require(config, "sync.staleness", lambda value: value == "inf" or value >= 0, "a whole number from 0 up, or inf")
     _check_shape(config.model)
     _check_sharding(config)
     _check_local(config)
+    _check_servers(config)
     if config.data.global_batch_size % config.data.micro_batch_size:
         raise UserError(f"--data.micro_batch_size {config.data.micro_batch_size} must divide "
                         f"--data.global_batch_size {config.data.global_batch_size}.")
@@ -153,6 +155,18 @@ def _check_local(config: Config) -> None:
     if sync.fragments > sync.every:
         raise UserError(f"--sync.fragments {sync.fragments}: one fragment is sent after a step, so no more than "
                         f"--sync.every {sync.every} have their turn.")
+
+
+def _check_servers(config: Config) -> None:
+    sync = config.sync
+    if sync.kind != "parameter_server":
+        return
+    if sync.staleness != 0 and config.run.reproducible:
+        raise UserError(f"--sync.staleness {sync.staleness}: whose gradient comes first decides the result, which "
+                        "reproducible mode does not allow. Type --run.reproducible false too, or --sync.staleness 0.")
+    if sync.compress == "powersgd":
+        raise UserError("--sync.compress powersgd makes sums over all ranks of which servers see only parts: give "
+                        "another --sync.compress, or --sync.kind allreduce.")
 
 
 def _check_shape(model: Model) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.checkpoint import Piece, Reader
+from mpilm.log import say
 from mpilm.model import init
 from mpilm.model.shape import Shape
 
@@ -79,3 +80,17 @@ def _tensors_in(shape: Shape, parameter: str, first: int,
 def describe(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint's manifest says besides its tensors."""
     return {**about, "state": vars(state).copy()}
+
+
+def values(shape: Shape, seed: int, reader: Reader | None) -> Read:
+    """Where parameters and optimizer state come from."""
+    return initial(shape, seed) if reader is None else from_checkpoint(shape, reader)
+
+
+def start(reader: Reader | None) -> TrainState:
+    """Where the run goes on; says so."""
+    if reader is None:
+        return TrainState()
+    state = TrainState(**reader.meta["state"])
+    say(f"resumed from {reader.path} at step {state.step}")
+    return state

@@ -60,7 +60,7 @@ class Apart(Bucket):
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, compress: Compress, outer: Outer, *,
                  share: float, states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit]) -> None:
         count, own = layout.count, slice(0, layout.count)
-        super().__init__(layout, own, Whole(layout, collective, reduce, own, visits))
+        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits))
         self.collective, self.outer, self.share = collective, outer, share
         self.masters, self.anchor = torch.zeros(count), torch.zeros(count)
         self.flat = self.shard = self.masters if dtype == torch.float32 else torch.zeros(count, dtype=dtype)

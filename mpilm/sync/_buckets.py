@@ -12,7 +12,7 @@ of everything. A `Shard` is one that is divided over all ranks: of masters and s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from mpilm import bridge
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK, segments
 from mpilm.flat import Flat
-from mpilm.sync._gradients import Gradients, Reduce, Whole
+from mpilm.sync._gradients import Gradients, Reduce, Summed, Whole
 from mpilm.sync._layout import Layout
 from mpilm.sync._slots import Visit
 from mpilm.sync._weights import Weights
@@ -33,39 +33,47 @@ Read = Callable[[str, str, int, int], np.ndarray]
 Run = tuple[str, str, int, np.ndarray]
 
 
-class Bucket:
-    """What both kinds have in common: a segment `own`, which this rank updates.
+class Leaving(Protocol):
+    """A bucket whose gradients leave when they are all there.
 
     Attributes:
         flat: Whole, what parameters are views of.
-        shard: `own` of `flat`; what the update writes the new weights to.
-        masters, states: float32, my segment.
-        squares: float64, one for every BLOCK of my segment's gradients.
     """
 
+    layout: Layout
     flat: torch.Tensor
+    gradients: Gradients
+
+    def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
+        """The gradients of `slot` are all there; returns what is to be done in bucket order, on all ranks alike."""
+
+
+class Segment:
+    """The segment `own` of a bucket, which this rank updates.
+
+    Attributes:
+        shard: What the update writes the new weights to.
+        masters, states: float32.
+        squares: float64, one for every BLOCK of the gradients.
+        gradients: What was summed.
+    """
+
     shard: torch.Tensor
     masters: torch.Tensor
     states: Mapping[str, np.ndarray]
     squares: np.ndarray
+    gradients: Summed
 
-    def __init__(self, layout: Layout, own: slice, gradients: Gradients) -> None:
-        self.layout, self.own, self.gradients = layout, own, gradients
+    def __init__(self, layout: Layout, own: slice) -> None:
+        self.layout, self.own = layout, own
 
-    def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
-        """The gradients of `slot` are all there; returns what is to be done in bucket order, on all ranks alike."""
-        pass_on = self.gradients.depart(slot)
+    def square(self, first: int, stop: int) -> None:
+        """Sums of squares of my gradients' blocks first .. stop-1.
 
-        def work() -> None:
-            pass_on()
-            if last:
-                self._square()
-        return work
-
-    def _square(self) -> None:
-        """One call a block: over several blocks at once NumPy may sum each of them in another order."""
+        One call a block: over several blocks at once NumPy may sum each of them in another order.
+        """
         gradients = self.gradients.own.numpy()
-        for block in range(self.squares.size):
+        for block in range(first, stop):
             values = gradients[block * BLOCK:(block + 1) * BLOCK]
             self.squares[block] = np.einsum("i,i->", values, values)
 
@@ -104,13 +112,34 @@ def runs_of(layout: Layout, share: slice, arrays: Mapping[str, np.ndarray]) -> l
             for name, array in arrays.items() for member, start, stop in layout.members_in(share)]
 
 
+class Bucket(Segment):
+    """What `Replica` and `Shard` have in common: `shard` is the segment of `flat`, which is whole."""
+
+    flat: torch.Tensor
+    gradients: Gradients
+
+    def __init__(self, layout: Layout, own: slice, gradients: Gradients) -> None:
+        super().__init__(layout, own)
+        self.gradients = gradients
+
+    def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
+        """As Leaving."""
+        pass_on = self.gradients.depart(slot)
+
+        def work() -> None:
+            pass_on()
+            if last:
+                self.square(0, self.squares.size)
+        return work
+
+
 class Replica(Bucket):
     """A bucket among `owners`. Collective over the collective's communicator."""
 
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, *, states: Sequence[str],
                  dtype: torch.dtype, visits: Sequence[Visit]) -> None:
         count, own = layout.count, segments(layout.count, owners.comm.size)[owners.comm.rank]
-        super().__init__(layout, own, Whole(layout, collective, reduce, own, visits))
+        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits))
         self.common = {name: owners.allocate_common(count, np.float32) for name in (MASTERS, *states)}
         whole = torch.from_numpy(self.common[MASTERS])
         self.flat = whole if dtype == torch.float32 else bridge.tensor(

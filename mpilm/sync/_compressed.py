@@ -1,39 +1,55 @@
-"""How a bucket is summed: by a collective, or with fewer bytes in the way that `--sync.compress` names.
+"""How gradients are sent: as float32, or with fewer bytes in the way that `--sync.compress` names.
 
-    compress = uncompressed, or compressed(way, warmup=100, applied=lambda: update.applied)
-    reduce = compress(layout, collective, collective.allreduce)     # of one buffer that is laid out so
+    compress = Compress()                                   # as float32
+    compress = Compress(way, warmup=100, applied=lambda: update.applied)
+    reduce = compress(layout, collective, collective.allreduce)     # sums one buffer that is laid out so
     reduce(buffer)
 
-For the first `warmup` updates, while gradients change direction quickly, it is the collective. Residuals belong to a
+For the first `warmup` updates, while gradients change direction quickly, they are float32. Residuals belong to a
 buffer and stay with the rank: a checkpoint does not hold them, and a resumed run begins without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from mpilm.comm.collectives import Collective
 from mpilm.sync._gradients import Reduce
 from mpilm.sync._layout import Layout
-from mpilm.sync.compress import Way
-
-# (how its elements lie, over whose ranks, how it is summed else) -> how a buffer is summed. Collective.
-Compress = Callable[[Layout, Collective, Reduce], Reduce]
+from mpilm.sync.compress import Codec, Way
 
 
-def uncompressed(layout: Layout, collective: Collective, plain: Reduce) -> Reduce:
-    """By the collective."""
-    return plain
+@dataclass(frozen=True)
+class Compress:
+    """A way, and from when on. `applied()` says how many updates have been made."""
 
+    way: Way | None = None
+    warmup: int = 0
+    applied: Callable[[], int] = lambda: 0
 
-def compressed(way: Way, *, warmup: int, applied: Callable[[], int]) -> Compress:
-    """By `way`, once `applied()` updates have been made; every rank then has all of the sum, the same bits."""
-    def compress(layout: Layout, collective: Collective, plain: Reduce) -> Reduce:
-        fewer = way.over(collective, layout)
+    def __call__(self, layout: Layout, collective: Collective, plain: Reduce) -> Reduce:
+        """How a buffer is summed over the ranks of `collective`; `plain` is how it is where nothing is compressed.
+
+        By the way, every rank has all of the sum, the same bits. Collective, like what it returns.
+        """
+        if self.way is None:
+            return plain
+        fewer = self.way.over(collective, layout)
 
         def reduce(buffer: np.ndarray) -> None:
-            (plain if applied() < warmup else fewer)(buffer)
+            (fewer if self.begun else plain)(buffer)
         return reduce
-    return compress
+
+    @property
+    def begun(self) -> bool:
+        """Whether what is sent now is compressed."""
+        return self.way is not None and self.applied() >= self.warmup
+
+    @property
+    def codec(self) -> Codec | None:
+        """For whoever sums by himself what others send one at a time, which only a codec can do."""
+        assert self.way is None or isinstance(self.way, Codec), "options refuse others"
+        return self.way

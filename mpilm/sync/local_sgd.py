@@ -42,12 +42,12 @@ from mpilm.sync._compressed import Compress
 from mpilm.sync._gradients import Reduce
 from mpilm.sync._layout import Layout, described, lay_out
 from mpilm.sync._slots import running_visits, tree_visits
-from mpilm.sync._synchronizer import Synchronizer
+from mpilm.sync._synchronizer import Summing
 
 FLOAT_BYTES = 4
 
 
-class LocalSgd(Synchronizer[Apart]):
+class LocalSgd(Summing[Apart]):
     """Takes over the memory of `parameters`; every rank has its own of everything.
 
     Args:

@@ -38,7 +38,7 @@ from mpilm.sync._gradients import Gradients, Passing, Room, Whole
 from mpilm.sync._layout import Layout, described, lay_out, lay_out_modules
 from mpilm.sync._presence import Presence
 from mpilm.sync._slots import running_visits, tree_visits
-from mpilm.sync._synchronizer import Synchronizer
+from mpilm.sync._synchronizer import Summing
 from mpilm.sync._weights import Gathered, Kept, Tally, Weights
 
 FLOAT_BYTES = 4
@@ -46,7 +46,7 @@ MIB = 2**20
 NUM_ROOMS = 2
 
 
-class Sharded(Synchronizer[Shard]):
+class Sharded(Summing[Shard]):
     """Takes over the memory of `parameters` and keeps it in agreement over all ranks.
 
     Args:
@@ -100,7 +100,7 @@ class Sharded(Synchronizer[Shard]):
 
     def _whole(self, layout: Layout, own: slice) -> Whole:
         reduce = self.compress(layout, self.collective, self.collective.reduce_scatter)
-        return Whole(layout, self.collective, reduce, own, self.visits)
+        return Whole(layout, self.collective.allocate, reduce, own, self.visits)
 
     def _build_presence(self, parameters: Mapping[str, torch.nn.Parameter]) -> Presence | None:
         """None where weights are kept."""
