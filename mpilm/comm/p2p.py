@@ -14,10 +14,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from mpi4py import MPI
+
+from mpilm.comm import network
 
 T = TypeVar("T")
 SPIN_S = 500e-6  # longer than any message of comm/ takes once both sides are there
@@ -42,11 +45,12 @@ def wait(requests: Sequence[MPI.Request]) -> None:
 
 
 def until(ready: Callable[[], T | None]) -> T:
-    """What `ready` returns, once it is not None."""
+    """What `ready` returns, once it is not None. Whoever waits also keeps the line moving."""
     if (found := ready()) is not None:
         return found
-    nap, spin_until = NAP_S, time.perf_counter() + SPIN_S
+    nap, spin_until, line = NAP_S, time.perf_counter() + SPIN_S, network.line()
     while (found := ready()) is None:
+        line.hand_over()
         if time.perf_counter() < spin_until:
             os.sched_yield()  # gives way to whoever shares the core
         else:
@@ -66,6 +70,16 @@ class Traffic:
     sent = 0
 
 
+@dataclass
+class _Message:
+    """Attributes:
+    request: None before MPI has been given it (network.py), which another thread may do.
+    """
+
+    array: np.ndarray
+    request: MPI.Request | None = None
+
+
 class Ledger:
     """Messages in flight, each with the array that it reads or writes.
 
@@ -76,25 +90,31 @@ class Ledger:
 
     def __init__(self, *, synchronous: bool = False) -> None:
         self.synchronous = synchronous
-        self._entries: list[tuple[MPI.Request, np.ndarray]] = []
+        self._entries: list[_Message] = []
 
     def send(self, comm: MPI.Comm, array: np.ndarray, *, dest: int, tag: int) -> None:
         """Start to send a contiguous array; it must not change before wait()."""
-        start = comm.Issend if self.synchronous else comm.Isend
+        start, message = comm.Issend if self.synchronous else comm.Isend, _Message(array)
+
+        def deliver() -> None:
+            message.request = start(array, dest=dest, tag=tag)
+
         Traffic.sent += array.nbytes
-        self._entries.append((start(array, dest=dest, tag=tag), array))
+        self._entries.append(message)
+        network.line().carry(array.nbytes, deliver)
 
     def receive(self, comm: MPI.Comm, array: np.ndarray, *, source: int, tag: int) -> MPI.Request:
         """Start to receive into a contiguous array; it must not be read before wait(), here or for the request."""
         request = comm.Irecv(array, source=source, tag=tag)
-        self._entries.append((request, array))
+        self._entries.append(_Message(array, request))
         return request
 
     def reap(self) -> None:
         """Let go of the arrays of messages that are through."""
-        self._entries = [entry for entry in self._entries if not entry[0].Test()]
+        self._entries = [entry for entry in self._entries if entry.request is None or not entry.request.Test()]
 
     def wait(self) -> None:
         """Return when every message is through."""
-        wait([request for request, _ in self._entries])
+        until(lambda: all(entry.request is not None for entry in self._entries) or None)
+        wait([entry.request for entry in self._entries if entry.request is not None])
         self._entries.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from mpi4py import MPI
 
-from mpilm.comm import arrays, order, p2p
+from mpilm.comm import arrays, network, order, p2p
 from mpilm.comm.collectives._base import Collective
 
 SCATTER_BYTES = 16 * 2**20  # of a buffer that is scattered at a time; a longer one is copied together for it
@@ -49,4 +49,6 @@ class Mpi(Collective):
 
     def _count(self, nbytes: int) -> None:
         """MPI does not tell what it sends; a rank sends so much at least, all segments but one."""
-        p2p.Traffic.sent += (self.comm.size - 1) * nbytes // self.comm.size
+        sent = (self.comm.size - 1) * nbytes // self.comm.size
+        p2p.Traffic.sent += sent
+        network.line().spend(sent)
