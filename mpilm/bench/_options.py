@@ -32,6 +32,11 @@ def server(parser: argparse.ArgumentParser) -> None:
                         help="what a step takes a worker that sleeps instead of computing (default: %(default)s)")
 
 
+def compress(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/compress.py`."""
+    parser.add_argument("--mib", type=_positive, default=64, help="size of the gradient (default: %(default)s)")
+
+
 def pipeline(parser: argparse.ArgumentParser) -> None:
     """Of `bench/pipeline.py`."""
     _contest(parser, _pipelines.names(), _pipelines.MEASURED, "contenders")
@@ -55,4 +60,4 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "server": server}
+OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "server": server, "compress": compress}
