@@ -33,13 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch.on_root(world.comm, lambda: stack.enter_context(
             locked(Path(config.run.dir) / LOCK, wait_s=WAIT_S, otherwise="give another --run.dir")))
 
-        if not config.data.path:
-            from data_prep import corpus
-
-            config.data.path = str(corpus.prepare(CORPUS, world.comm, threads=world.threads))
+        config.data.path = config.data.path or built_in(world)
         program = assemble.program(config, world)
         program.run()
         summarize(program, config, world)
+
+
+def built_in(world: World) -> str:
+    """The built-in corpus, prepared where it is missing. Collective over the world."""
+    from data_prep import corpus
+
+    return str(corpus.prepare(CORPUS, world.comm, threads=world.threads))
 
 
 def summarize(program: Trainer | Serving, config: Config, world: World) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mpilm.bench import _contenders, _pipelines, _servers, _shardings
+from mpilm.bench import _contenders, _pipelines, _replicas, _servers, _shardings
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,27 @@ def compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mib", type=_positive, default=64, help="size of the gradient (default: %(default)s)")
 
 
+def quality(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/quality.py`."""
+    _runs(parser, _replicas.names())
+    parser.add_argument("--steps", type=_positive, default=256, help="of each run (default: %(default)s)")
+
+
+def slow(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/slow.py`."""
+    _runs(parser, _replicas.SLOW)
+    parser.add_argument("--steps", type=_positive, default=128, help="of each run (default: %(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=3, help="turns of every run (default: %(default)s)")
+    parser.add_argument("--mbit_s", type=_positive, default=100, help="of the network (default: %(default)s)")
+    parser.add_argument("--latency_ms", type=_positive, default=1, help="of the network (default: %(default)s)")
+
+
+def _runs(parser: argparse.ArgumentParser, measured: Sequence[str]) -> None:
+    """The options of the benchmarks of ways to keep replicas together."""
+    parser.add_argument("--who", default=",".join(measured), metavar="NAME,...",
+                        help=f"which of {', '.join(_replicas.names())} (default: %(default)s)")
+
+
 def pipeline(parser: argparse.ArgumentParser) -> None:
     """Of `bench/pipeline.py`."""
     _contest(parser, _pipelines.names(), _pipelines.MEASURED, "contenders")
@@ -60,4 +81,5 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "server": server, "compress": compress}
+OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "server": server, "compress": compress,
+           "quality": quality, "slow": slow}

@@ -2,7 +2,7 @@
 
     mpirun -np 2 python -m mpilm.bench compress
 
-Values are GB/s of float32 gradient on each rank, all at once and with one thread each; of the slowest rank, medians over
+Values are GB/s of float32 gradient on each rank, all at once and with one thread each, of the slowest; medians over
 interleaved rounds. "encode" includes error feedback: residuals are added, and what the code loses is kept. "bytes a
 value" is what goes over the wire, of 4.
 """
