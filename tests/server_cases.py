@@ -75,15 +75,18 @@ class Seen:
     smallest: list[float] = field(default_factory=list)
     largest: list[float] = field(default_factory=list)
     histogram: dict[str, int] = field(default_factory=dict)
+    weights: list[float] = field(default_factory=list)
+    lost: float = 0.0
 
 
 def play(comm, *, servers, staleness, delays, meets=lambda step: False, before=lambda worker, step: None,
-         rule="none", dtype=torch.float32):
+         rule="none", dtype=torch.float32, way=None, warmup=0):
     """Steps in which every update subtracts one from every weight, so that weights tell their version.
 
     Args:
         delays: [worker][step] seconds that computing takes.
         before: Called before a step is computed.
+        way, warmup: What gradients are pushed as, and after how many updates.
 
     Returns:
         What every worker saw.
@@ -93,17 +96,17 @@ def play(comm, *, servers, staleness, delays, meets=lambda step: False, before=l
     parameters = {"a.weight": nn.Parameter(torch.empty(4, BLOCK, dtype=dtype)),
                   "b.bias": nn.Parameter(torch.empty(7, dtype=dtype))}
     update = Sgd(Optim(lr=1.0, min_lr=1.0, warmup_steps=0, weight_decay=0.0, clip=0.0), steps)
-    seen = None
+    seen, compress = None, Compress(way, warmup, lambda: update.applied)
     if roles.serving:
         clocks = Clocks(roles.workers, staleness=staleness, start=0, steps=steps, meets=meets)
-        server = Server(parameters, {"a.weight"}, roles, clocks, rule=rule, compress=Compress(), states=(),
+        server = Server(parameters, {"a.weight"}, roles, clocks, rule=rule, compress=compress, states=(),
                         dtype=dtype, bucket_mib=0.01)
         server.load(lambda state, name, first, count: np.zeros(count, np.float32), update)
         serve(server, update)
     else:
         worker = Worker("test")
         sync = ParameterServer(parameters, {"a.weight"}, roles, MPI.COMM_SELF, worker, update=update,
-                               compress=Compress(), num_slots=1, dtype=dtype, bucket_mib=0.01,
+                               compress=compress, num_slots=1, dtype=dtype, bucket_mib=0.01,
                                reproducible=False)
         seen = Seen()
         _work(sync, parameters, update, seen, delays[roles.side.rank], lambda step: before(roles.side.rank, step))
@@ -121,6 +124,7 @@ def _work(sync, parameters, update, seen, delays, before):
         seen.versions.append(sync.reply.version)
         seen.smallest.append(flat.min().item())
         seen.largest.append(flat.max().item())
+        seen.weights.append(flat.double().sum().item())
         if delay is None:
             break
         before(step)
@@ -132,3 +136,4 @@ def _work(sync, parameters, update, seen, delays, before):
         update.begin(step)
         sync.step(update)
     seen.histogram = sync.told()["staleness_histogram"]
+    seen.lost = sum(push.lost.double().sum().item() for bucket in sync.buckets for push in bucket.pushes)
