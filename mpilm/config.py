@@ -164,6 +164,8 @@ class Sync:
         outer_momentum: Nesterov momentum of these moves: 0 averages, DiLoCo has 0.9.
         fragments: Parts that local_sgd averages in turns, each while the next step computes; 0: everything at once,
             and steps wait for it.
+        save_replicas: Checkpoints of local_sgd hold the replicas too, not only their average: as many go on at the
+            same bits, and each takes as much space.
     """
 
     kind: str = "allreduce"
@@ -181,6 +183,7 @@ class Sync:
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
     fragments: int = 0
+    save_replicas: bool = True
 
 
 @dataclass

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpilm import log
@@ -100,15 +99,17 @@ def training(config: Config, comm: MPI.Comm) -> Iterator[Trainer | Serving]:
     with tempfile.TemporaryDirectory(prefix="mpilm-bench-") as folder:
         config.run.dir = on_root(comm, lambda: folder)
         with session() as world:
-            with quietly(comm.rank):
+            with _silence(comm.rank):
                 program = assemble.program(config, world)
             yield program
+            if program.validation is not None:  # it trains
+                program.metrics.close()
             comm.Barrier()
 
 
 @contextmanager
-def quietly(rank: int) -> Iterator[None]:
-    """What a run has to say is not said in this block."""
+def _silence(rank: int) -> Iterator[None]:
+    """What a run has to say at its beginning is not said."""
     log.setup(rank + 1)
     try:
         with redirect_stdout(io.StringIO()):
@@ -120,8 +121,3 @@ def quietly(rank: int) -> Iterator[None]:
 def tokens(config: Config) -> int:
     """Of a step."""
     return config.data.global_batch_size * config.data.sequence_length
-
-
-def records(config: Config) -> Path:
-    """Where the run's metrics are."""
-    return Path(config.run.dir) / "metrics.jsonl"

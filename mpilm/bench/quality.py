@@ -11,7 +11,7 @@ Tokens/s are from then on too, of runs one after the other, on a machine that ma
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +23,10 @@ from mpilm.bench import _replicas
 from mpilm.bench._replicas import BASELINE, SMALL
 from mpilm.comm.p2p import Traffic
 from mpilm.config import Config
-from mpilm.launch import on_root, session
+from mpilm.launch import session
+from mpilm.server import Serving
 from mpilm.train import built_in
+from mpilm.trainer import Trainer
 
 OURS: tuple[str, ...] = ()
 MIB = 2**20
@@ -70,17 +72,32 @@ def run(comm: MPI.Comm, emit: Emit, *, who: str, steps: int) -> str:
 
 def outcome(config: Config, comm: MPI.Comm) -> Outcome:
     """Train one of them to its end. Collective over `comm`."""
+    warmup, steps = config.sync.compress_warmup, config.run.steps
     with _replicas.training(config, comm) as program:
-        warmup, steps = config.sync.compress_warmup, config.run.steps
-        with _replicas.quietly(comm.rank):
-            while program.state.step < warmup:
-                program.step()
-            before = Traffic.sent
-            program.run()
-        sent = comm.allreduce(Traffic.sent - before, op=MPI.MAX) / (steps - warmup)
-        comm.Barrier()
-        last = on_root(comm, lambda: json.loads(_replicas.records(config).read_text().splitlines()[-1]))
-    return Outcome(last["validation_loss"], sent / MIB, last["tokens_per_s"])
+        advance(program, warmup)
+        before, started = Traffic.sent, time.perf_counter()
+        advance(program, steps)
+        sent = comm.allreduce(Traffic.sent - before, op=MPI.MAX)
+        seconds = comm.allreduce(time.perf_counter() - started, op=MPI.MAX)
+        loss = comm.allreduce(finish(program), op=MPI.MAX)      # of all that train the same
+    done = steps - warmup
+    return Outcome(loss, sent / done / MIB, _replicas.tokens(config) * done / seconds)
+
+
+def advance(program: Trainer | Serving, to: int) -> None:
+    """Train, or serve those who do, until everyone has done `to` steps."""
+    while program.state.step < to:
+        program.step()
+
+
+def finish(program: Trainer | Serving) -> float:
+    """The validation loss, of ranks that train; collective over them."""
+    if isinstance(program, Serving):
+        program.server.finish()
+        program.saver.wait()
+        return -math.inf
+    assert program.validation is not None, "it is configured"
+    return program.validation.loss()
 
 
 def table(found: dict[str, Outcome]) -> str:

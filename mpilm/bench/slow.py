@@ -21,6 +21,7 @@ from mpi4py import MPI
 from mpilm.bench import _replicas
 from mpilm.bench._replicas import BASELINE, EVERY, LARGE
 from mpilm.bench.measure import timed
+from mpilm.bench.quality import advance, finish
 from mpilm.comm.network import Line, emulated
 from mpilm.comm.p2p import Traffic
 from mpilm.config import Config
@@ -66,6 +67,7 @@ def run(comm: MPI.Comm, emit: Emit, *, who: str, steps: int, rounds: int, mbit_s
             emit("sent", name, value, "MiB a step")
         for name, trainer in runs.items():
             _progress(comm, f"{name}: to step {steps}")
+            advance(trainer, steps)
             emit(f"after {steps * _replicas.tokens(configs[name]):,} tokens", name, finish(trainer), "nats a token")
 
 
@@ -84,8 +86,7 @@ def _trainer(stack: ExitStack, config: Config, comm: MPI.Comm) -> Trainer:
 def warm_up(runs: dict[str, Trainer], steps: int) -> None:
     """Go on to where everything is compressed, and to the end of a round of local steps."""
     for trainer in runs.values():
-        while trainer.state.step < (steps // 8 // EVERY + 1) * EVERY:
-            trainer.step()
+        advance(trainer, (steps // 8 // EVERY + 1) * EVERY)
 
 
 def take_turns(comm: MPI.Comm, runs: dict[str, Trainer], configs: dict[str, Config],
@@ -104,14 +105,6 @@ def take_turns(comm: MPI.Comm, runs: dict[str, Trainer], configs: dict[str, Conf
             sent[name] = comm.allreduce(Traffic.sent - before, op=MPI.MAX) / steps / MIB
             _progress(comm, f"round {turn + 1} of {rounds}: {name} {speeds[name][-1]:,.0f} tokens/s")
     return speeds, sent
-
-
-def finish(trainer: Trainer) -> float:
-    """Train to the last step: the validation loss."""
-    while trainer.state.step < trainer.config.run.steps:
-        trainer.step()
-    assert trainer.validation is not None, "it is configured"
-    return trainer.validation.loss()
 
 
 def _progress(comm: MPI.Comm, text: str) -> None:

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.order import BLOCK, segments
-from mpilm.sync._buckets import MASTERS, Bucket, Run, runs_of
+from mpilm.sync._buckets import MASTERS, Bucket, Read, Run, runs_of
 from mpilm.sync._compressed import Compress
 from mpilm.sync._gradients import Reduce, Whole
 from mpilm.sync._layout import Layout
 from mpilm.sync._slots import Visit
 
 DRIFT, MOMENTUM = "outer_drift", "outer_momentum"   # states in a checkpoint: zero is where a run begins
+ANCHOR, TAKEN, SUM = "outer_anchor", "outer_taken", "outer_sum"     # only beside replicas' own
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,35 @@ class Apart(Bucket):
         velocity = {MOMENTUM: self.velocity.numpy()} if self.outer.momentum else {}
         return {**super().arrays(), DRIFT: self.anchor.numpy(), **velocity}
 
-    def load(self, read: Any) -> None:
-        """As Bucket."""
+    def load(self, read: Read) -> None:
+        """As Bucket; where there is what this replica left, of as many, that instead of the average."""
         super().load(read)
         self.anchor.add_(self.masters)
+        mine = np.zeros(self.layout.count, np.float32)
+        self.fill(mine, self._mine(MASTERS), read)
+        if mine.any():  # nobody's weights are all zero
+            self.masters.copy_(torch.from_numpy(mine))
+            self.round()
+            self._load_others(read)
+
+    def _load_others(self, read: Read) -> None:
+        """What my own masters need beside them."""
+        self.fill(self.anchor.numpy(), self._everyones(ANCHOR), read)
+        for name, array in self.states.items():
+            self.fill(array, self._mine(name), read)
+        taken = torch.zeros_like(self.masters)
+        self.fill(taken.numpy(), self._mine(TAKEN), read)
+        if taken.any():
+            self.taken = taken
+            self.fill(self.difference, self._everyones(SUM), read)
+
+    def _mine(self, name: str) -> str:
+        """A state's name in a checkpoint, where it is this replica's own."""
+        return f"{name}_{self.collective.comm.rank}_of_{self.collective.comm.size}"
+
+    def _everyones(self, name: str) -> str:
+        """Where it is the same on all, and goes with states that are not."""
+        return f"{name}_of_{self.collective.comm.size}"
 
     def average(self) -> Tensor:
         """The average of all replicas' masters; the anchor, to the bit, where nobody has moved from it."""
@@ -106,8 +132,7 @@ class Apart(Bucket):
 
     def runs(self, *, together: bool) -> list[Run]:
         """This rank's share of everything a resume needs, averaged over the replicas; `together`: all have the same."""
-        comm = self.collective.comm
-        mine = segments(self.layout.count, comm.size)[comm.rank]
+        mine = self._share()
         arrays = {name: array[mine] for name, array in self.arrays().items()}
         if together:
             arrays[DRIFT] = np.zeros_like(arrays[DRIFT])
@@ -117,6 +142,20 @@ class Apart(Bucket):
             arrays[DRIFT] = arrays[DRIFT] - arrays[MASTERS]
             arrays |= {name: self._sum(array, mine) for name, array in self.states.items()}
         return runs_of(self.layout, mine, arrays)
+
+    def own_runs(self) -> list[Run]:
+        """What this replica, and no other, needs to go on as if it had not stopped; a difference that is on its way
+        has been summed."""
+        mine, share = {MASTERS: self.masters.numpy(), **self.states}, self._share()
+        everyones = {ANCHOR: self.anchor.numpy()[share]}
+        if self.taken is not None:
+            mine[TAKEN], everyones[SUM] = self.taken.numpy(), self.difference[share]
+        return [*runs_of(self.layout, self.own, {self._mine(name): array for name, array in mine.items()}),
+                *runs_of(self.layout, share, {self._everyones(name): array for name, array in everyones.items()})]
+
+    def _share(self) -> slice:
+        comm = self.collective.comm
+        return segments(self.layout.count, comm.size)[comm.rank]
 
     def _sum(self, array: np.ndarray, mine: slice) -> np.ndarray:
         """Segment `mine` of the average."""

@@ -91,10 +91,14 @@ class Segment:
     def load(self, read: Read) -> None:
         """Fill my segment of masters and optimizer state, and round the weights from the masters."""
         for name, array in self.arrays().items():
-            for member, start, stop in self.layout.members_in(self.own):
-                values = read(name, member.name, start - member.start, stop - start)
-                array[start - self.own.start:stop - self.own.start] = values
+            self.fill(array, name, read)
         self.round()
+
+    def fill(self, array: np.ndarray, name: str, read: Read) -> None:
+        """Fill an array that is as long as my segment with the state `name`."""
+        for member, start, stop in self.layout.members_in(self.own):
+            array[start - self.own.start:stop - self.own.start] = read(name, member.name, start - member.start,
+                                                                       stop - start)
 
     def round(self) -> None:
         """Make my segment of the weights what the masters say."""

@@ -19,8 +19,9 @@ Without fragments all replicas hold the same parameters after an averaging; with
 A checkpoint holds the average of all replicas: of their parameters and of their optimizers' states, besides the outer
 momentum and how far the anchor is from the average. To make it changes nothing in the run. Whoever resumes it, on any
 number of ranks and by any kind, begins on all replicas with these averages; what was on its way is not lost, because it
-is still in the differences. So a run that goes on from a checkpoint is not the same bits as one that never stopped.
-Validation evaluates the same average. A gradient that is not finite on one replica skips the step on all.
+is still in the differences. With `save_replicas` it also holds what each replica has of its own, from where as many
+replicas go on as if they had not stopped. Validation evaluates the average. A gradient that is not finite on one
+replica skips the step on all.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class LocalSgd(Summing[Apart]):
     Args:
         parameters, decayed, collective, stages, compress, num_slots, dtype, reproducible: As Allreduce.
         update: Also says how many updates have been made so far.
-        every, local_after, outer_lr, outer_momentum, fragments: See the top of the file.
+        every, local_after, outer_lr, outer_momentum, fragments, save_replicas: See the top of the file.
 
     Attributes:
         grad_norm: In local steps the mean of the replicas' norms, by which each clips for itself.
@@ -61,14 +62,16 @@ class LocalSgd(Summing[Apart]):
     Collective over the collective's communicator and over `stages`, like every method.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("every", "local_after", "outer_lr", "outer_momentum", "fragments")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("every", "local_after", "outer_lr", "outer_momentum", "fragments",
+                                          "save_replicas")
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], collective: Any,
                  stages: MPI.Comm, worker: Worker | Inline, *, update: Update, compress: Compress, num_slots: int,
                  dtype: torch.dtype, bucket_mib: float, reproducible: bool, every: int, local_after: int,
-                 outer_lr: float, outer_momentum: float, fragments: int) -> None:
+                 outer_lr: float, outer_momentum: float, fragments: int, save_replicas: bool) -> None:
         self.comm, self.update = collective.comm, update
         self.every, self.local_after, self.fragments = every, local_after, fragments
+        self.save_replicas = save_replicas
         all_slots = sum(self.comm.allgather(num_slots))
         self.gain = all_slots / num_slots   # gradients are parts of the mean over all slots, and local ones of mine
         sizes = described(parameters, decayed)
@@ -156,13 +159,20 @@ class LocalSgd(Summing[Apart]):
         """As Synchronizer."""
         for bucket in self.buckets:
             bucket.load(read)
+        self.travelling = [bucket for bucket in self.buckets if bucket.taken is not None]
 
     def runs(self, part: int, parts: int) -> list[Run]:
         """As Synchronizer; a rank can offer its own share only."""
         assert (part, parts) == (self.comm.rank, self.comm.size), f"share {part} of {parts} is not that of this rank"
         self.worker.wait()
         together = self.update.applied <= self.local_after  # not even their optimizers have parted
-        return [run for bucket in self.buckets for run in bucket.runs(together=together)]
+        own = self.save_replicas and not together
+        return [run for bucket in self.buckets
+                for run in [*bucket.runs(together=together), *(bucket.own_runs() if own else [])]]
+
+    def free(self) -> None:
+        """As Synchronizer; nothing is on its way afterwards."""
+        self.worker.wait()
 
     def memory(self) -> dict[str, int]:
         """As Synchronizer. Anchors and outer momentum count as the optimizer's, differences as gradients."""

@@ -131,6 +131,18 @@ def test_a_sum_over_ranks_is_exact_but_for_the_residuals(name, count, comm: MPI.
     everywhere(comm, np.allclose(out, given_, rtol=0, atol=1e-2), "the sum of all steps")
 
 
+def test_a_sum_is_as_near_as_promised(comm: MPI.Comm):
+    """The error of every rank's values and that of their sum; nothing grows with the way a value takes."""
+    count = 70_001
+    for name, (_, bound) in PROMISED.items():
+        if bound < 1:
+            buffer = draw(count, 3, comm.rank).numpy()
+            exact, largest = comm.allreduce(buffer.astype(np.float64)), comm.allreduce(float(np.abs(buffer).max()))
+            Exchange(compress.get(name)(), comm, count).reduce(buffer)
+            error = np.abs(buffer - exact).max()
+            everywhere(comm, error <= (bound + bound * (1 + bound) + 1e-6) * largest, f"{name}: {error}")
+
+
 def test_without_compression_it_is_the_sum_in_tree_order(comm: MPI.Comm):
     """To the bit."""
     count = 40_000

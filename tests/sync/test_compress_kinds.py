@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpilm.comm.order import BLOCK
 from mpilm.comm.p2p import Traffic
 from mpilm.launch import session
 from mpilm.sync import compress
@@ -19,7 +20,7 @@ from tests.training_cases import alone, build, configuration, windows
 WAYS = [name for name in compress.names() if name != "none"]
 CODECS = [name for name in WAYS if issubclass(compress.get(name), Codec)]
 STEPS = 6
-COUNT = 4 * 4096 + 7    # values of `server_cases.play`'s parameters
+COUNT = 4 * BLOCK + 7     # values of `server_cases.play`'s parameters
 
 
 def compressed(config, way, warmup=0):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from mpilm import assemble
 from mpilm.comm.p2p import Traffic
 from mpilm.launch import session
 from mpilm.log import UserError
+from mpilm.optim import Sgd
 from mpilm.options import parse
 from mpilm.parallel import layout
 from tests import hybrid_cases
@@ -189,20 +191,15 @@ def test_evaluation_and_checkpoint_have_the_average_and_change_nothing(options, 
 def test_any_kind_goes_on_from_a_checkpoint_and_the_other_way_round(kind, comm):
     """All ranks, or one alone, begin with the average; the outer momentum comes along."""
     with session() as world:
-        core = build(config_of(comm, every=2, outer_momentum=0.5), world)
+        config = config_of(comm, every=2, outer_momentum=0.5, save_replicas=False)
+        core = build(config, world)
         for number in range(3):
             step(core, number)
         state = saved(core, comm)
-
-        def read(name, parameter, start, count):
-            values = state.get((name, parameter))
-            return np.zeros(count, np.float32) if values is None else values[start:start + count]
-
         for ranks in (world, world.alone()):
-            config = config_of(comm, every=2, outer_momentum=0.5)
             config.sync.kind = kind
             other = build(config, ranks)
-            other.sync.load(read)
+            other.sync.load(reading(state))
             other.update.applied = 3
             for name, parameter in other.parameters().items():
                 everywhere(comm, np.array_equal(parameter.detach().flatten().numpy(), state["model", name]), name)
@@ -211,14 +208,63 @@ def test_any_kind_goes_on_from_a_checkpoint_and_the_other_way_round(kind, comm):
                 everywhere(comm, np.allclose(before[key], state[key], rtol=1e-6, atol=1e-9), str(key))
             losses = [step(other, number)[0] for number in range(3, 5)]
             everywhere(comm, bool(np.isfinite(losses).all()))
-            state, kept = before, state
-            again = build(config_of(comm, every=2, outer_momentum=0.5), ranks)
-            again.sync.load(read)
+            config.sync.kind = "local_sgd"
+            again = build(config, ranks)
+            again.sync.load(reading(before))
             again.update.applied = 3
-            everywhere(comm, np.array_equal(weights(again), weights_of(state, again)), "back again")
+            everywhere(comm, np.array_equal(weights(again), weights_of(before, again)), "back again")
             step(again, 3)
-            state = kept
         world.comm.Barrier()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_stopped_at_an_average_without_optimizer_state_it_goes_on_at_the_same_bits(momentum, comm, monkeypatch):
+    """All replicas are where they were then; the outer momentum comes along."""
+    monkeypatch.setattr(assemble, "Update", Sgd)
+    config = config_of(comm, every=2, outer_momentum=momentum, save_replicas=False)
+    with session() as world:
+        whole, again = (build(config, world) for _ in range(2))
+        for number in range(4):
+            step(whole, number)
+        state = saved(whole, comm)
+        again.sync.load(reading(state))
+        again.update.applied = 4
+        for number in range(4, 7):
+            everywhere(comm, step(again, number) == step(whole, number), f"step {number}")
+        everywhere(comm, np.array_equal(weights(again), weights(whole)))
+        world.comm.Barrier()
+
+
+@pytest.mark.parametrize("options", [{"every": 3}, {"every": 4, "fragments": 3, "outer_lr": 0.7, "outer_momentum": 0.9},
+                                     {"every": 2, "local_after": 2}], ids=str)
+def test_stopped_anywhere_as_many_replicas_go_on_at_the_same_bits(options, comm):
+    """Between two averages, at one, and with parts on their way; in bf16, whose weights are not the masters. Another
+    number of replicas begins with the average."""
+    with session() as world:
+        whole = build(config_of(comm, **options), world, precision="bf16")
+        states, courses = [], []
+        for number in range(8):
+            courses.append(step(whole, number))
+            states.append(saved(whole, comm))
+        for stop in (1, 3, 4, 5):
+            again = build(config_of(comm, **options), world, precision="bf16")
+            again.sync.load(reading(states[stop]))
+            again.update.applied = stop + 1
+            for number in range(stop + 1, 8):
+                everywhere(comm, step(again, number) == courses[number], f"stopped after {stop + 1}, step {number}")
+            everywhere(comm, np.array_equal(weights(again), weights(whole)), f"stopped after {stop + 1}")
+        alone = build(config_of(comm, **options), world.alone())
+        alone.sync.load(reading(states[4]))
+        everywhere(comm, comm.size == 1 or np.array_equal(weights(alone), weights_of(states[4], alone)))
+        world.comm.Barrier()
+
+
+def reading(state):
+    """Of a checkpoint that has no other states than those of `state`."""
+    def read(name, parameter, start, count):
+        values = state.get((name, parameter))
+        return np.zeros(count, np.float32) if values is None else values[start:start + count]
+    return read
 
 
 def weights_of(state, core):
@@ -235,7 +281,7 @@ def test_a_switch_after_a_resume_begins_at_what_was_read(comm):
         state = saved(first, comm)
         held = weights(first).copy()
         other = build(config_of(comm, every=1), world)
-        other.sync.load(lambda name, parameter, start, count: state[name, parameter][start:start + count])
+        other.sync.load(reading(state))
         other.update.applied, other.update.lr = 2, 0.0
         other.pipeline.run(batch_of(other, 2))
         other.sync.step(other.update)
