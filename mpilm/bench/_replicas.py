@@ -54,7 +54,7 @@ class Size:
 
 
 SMALL = Size(layers=2, width=64, sequence_length=64, sequences=12)      # 3 and 4 replicas share it evenly
-LARGE = Size(layers=4, width=256, sequence_length=128, sequences=4)     # 7 million parameters, little to compute
+LARGE = Size(layers=4, width=256, sequence_length=128, sequences=2)     # 7 million parameters, little to compute
 
 
 def names() -> list[str]:
