@@ -83,8 +83,7 @@ def program(config: Config, world: World) -> Trainer | Serving:
     if reader is not None:
         resume.check(reader, shape=asdict(shape), data=about_data, config=config)
     decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else {})
-    directory = Path(config.run.dir)
-    on_root(world.comm, lambda: write_bytes(directory / "config.toml", config.to_toml().encode()))
+    on_root(world.comm, lambda: write_bytes(Path(config.run.dir) / "config.toml", config.to_toml().encode()))
     about = {"shape": asdict(shape), "data": {**about_data, "tokenizer": dataset.tokenizer_hash},
              "config": config.to_dict(), "arithmetic": decision.to_dict(),
              "layout": layout.describe(config, world.size)}
@@ -101,8 +100,7 @@ def program(config: Config, world: World) -> Trainer | Serving:
         loader=_loader(config, dataset, core.slots),
         losses=core.losses,
         validation=_validation(config, core),
-        metrics=Metrics(directory, step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard,
-                        write=core.mesh.comm.rank == 0),
+        metrics=_metrics(config, core.mesh.comm, state),
         saver=Elsewhere() if roles.servers else _saver(
             config, world, roles.side, core.sync, core.mesh.replicas, shape, about, reader=reader),
         flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)
@@ -281,6 +279,12 @@ def validation(config: Config, stages: Pipeline, comm: Any, *, share: int = 1,
     return Validation(open_split(config, "validation"), stages, comm, sequences=config.log.validation_sequences,
                       sequence_length=data.sequence_length, micro_batch_size=data.micro_batch_size,
                       mask_documents=data.mask_documents, share=share, averaged=averaged)
+
+
+def _metrics(config: Config, comm: MPI.Comm, state: TrainState) -> Metrics:
+    metrics = Metrics(Path(config.run.dir), step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard)
+    on_root(comm, metrics.open)
+    return metrics
 
 
 def _saver(config: Config, world: World, everyone: MPI.Comm, holds: Holder, sharing: MPI.Comm, shape: Shape,
