@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpilm import arithmetic, resume, room, sync
+from mpilm import arithmetic, menu, resume, room, sync
 from mpilm.arithmetic import Arithmetic
 from mpilm.checkpoint import Reader, Writer
 from mpilm.comm import choose
@@ -41,9 +41,9 @@ from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Holder, Saver
 from mpilm.server import Serving, meets
 from mpilm.state import Read, TrainState, start, values
-from mpilm.sync import Synchronizer, compress
+from mpilm.sync import Synchronizer
 from mpilm.sync._clocks import Clocks
-from mpilm.sync._compressed import Compress
+from mpilm.sync._compressed import compressed
 from mpilm.sync._server import Server
 from mpilm.trainer import Trainer
 from mpilm.validation import Validation
@@ -147,7 +147,7 @@ def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, stat
     clocks = Clocks(roles.workers, staleness=layout.staleness(config), start=state.step, steps=config.run.steps,
                     meets=partial(meets, config), shares=[len(run) for run in runs])
     server = Server(parameters, _matrices(parameters), roles, clocks, rule=config.sync.staleness_rule,
-                    compress=_compress(config, update), states=update.STATES, dtype=decision.dtype,
+                    compress=compressed(config.sync, update), states=update.STATES, dtype=decision.dtype,
                     bucket_mib=config.sync.bucket_mib)
     server.load(read, update)
     return server, update
@@ -202,8 +202,8 @@ def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, 
     by = roles if roles and roles.servers else _collective(config, world, mesh, parameters.values())
     synchronizer: Synchronizer[Any] = kind(
         parameters, _matrices(parameters), by, mesh.parts, _worker(world, mesh), update=update,
-        compress=_compress(config, update), num_slots=num_slots, dtype=dtype, bucket_mib=config.sync.bucket_mib,
-        reproducible=config.run.reproducible, **_options_of(kind, config))
+        compress=compressed(config.sync, update), num_slots=num_slots, dtype=dtype, bucket_mib=config.sync.bucket_mib,
+        reproducible=config.run.reproducible, **menu.options(kind, config.sync))
     return world.owns(synchronizer)
 
 
@@ -215,17 +215,6 @@ def _matrices(parameters: dict[str, torch.nn.Parameter]) -> set[str]:
 def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:
     """Name -> parameter of all `parts`, in the order of the forward pass."""
     return {name: parameter for part in parts for name, parameter in part.named_parameters()}
-
-
-def _options_of(choice: type[Any], config: Config) -> dict[str, Any]:
-    """What an entry of a menu takes of the section `sync`."""
-    return {name: getattr(config.sync, name) for name in choice.OPTIONS}
-
-
-def _compress(config: Config, update: Update) -> Compress:
-    way = compress.get(config.sync.compress)
-    return Compress() if config.sync.compress == "none" else Compress(
-        way(**_options_of(way, config)), config.sync.compress_warmup, lambda: update.applied)
 
 
 def _collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter]) -> Collective:

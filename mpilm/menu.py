@@ -30,3 +30,8 @@ def get(package: str, name: str, *, option: str) -> Any:
         raise UserError(f"--{option} {name}: there is no such choice; give one of {', '.join(names(package))}.")
     module = importlib.import_module(f"{package}.{name}")
     return getattr(module, "".join(word.capitalize() for word in name.split("_")))
+
+
+def options(choice: type[Any], section: object) -> dict[str, Any]:
+    """What an entry takes of a section of the configuration: what its OPTIONS name."""
+    return {name: getattr(section, name) for name in choice.OPTIONS}

@@ -1,5 +1,6 @@
 """How gradients are sent: as float32, or with fewer bytes in the way that `--sync.compress` names.
 
+    compress = compressed(config.sync, update)
     compress = Compress()                                   # as float32
     compress = Compress(way, warmup=100, applied=lambda: update.applied)
     reduce = compress(layout, collective, collective.allreduce)     # sums one buffer that is laid out so
@@ -16,7 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpilm import menu
 from mpilm.comm.collectives import Collective
+from mpilm.config import Sync
+from mpilm.flat import Update
+from mpilm.sync import compress as ways
 from mpilm.sync._gradients import Reduce
 from mpilm.sync._layout import Layout
 from mpilm.sync.compress import Codec, Way
@@ -53,3 +58,15 @@ class Compress:
         """For whoever sums by himself what others send one at a time, which only a codec can do."""
         assert self.way is None or isinstance(self.way, Codec), "options refuse others"
         return self.way
+
+
+def compressed(config: Sync, update: Update) -> Compress:
+    """As configured; `update` counts.
+
+    Raises:
+        UserError: There is no such way.
+    """
+    way = ways.get(config.compress)
+    if config.compress == "none":
+        return Compress()
+    return Compress(way(**menu.options(way, config)), config.compress_warmup, lambda: update.applied)
