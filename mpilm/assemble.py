@@ -24,18 +24,21 @@ from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
-from mpilm.launch import World, on_root
+from mpilm.launch import World, agree, on_root
 from mpilm.log import UserError, say, warn
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
 from mpilm.model.context import WHOLE, Whole
 from mpilm.model.gpt import GPT
 from mpilm.model.shape import Shape
+from mpilm.model.slices import Slices
+from mpilm.model.split import ALONE, Alone
 from mpilm.optim import Update
-from mpilm.parallel import layout, schedules
+from mpilm.parallel import exchange, layout, schedules
 from mpilm.parallel.context import Ring
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
+from mpilm.parallel.tensor import Team
 from mpilm.saver import Saver
 from mpilm.state import TrainState, from_checkpoint, initial
 from mpilm.sync import Synchronizer, compress
@@ -61,6 +64,10 @@ class Core:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Name -> parameter of all parts."""
         return named(self.parts)
+
+    def slices(self, shape: Shape) -> Slices:
+        """What of the model's tensors this rank's parameters hold."""
+        return Slices(shape, self.mesh.tp.rank, self.mesh.tp.size)
 
 
 def trainer(config: Config, world: World) -> Trainer:
@@ -136,8 +143,9 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     mesh = world.owns(Mesh.build(world.comm, dp=world.size // (pp * cp * tp), pp=pp, cp=cp, tp=tp))
     runs = layout.slots(config, mesh.dp.size, reproducible=decision.reproducible)
     slots = runs[mesh.dp.rank]
-    context = _context(mesh)
-    parts = [GPT(shape, units, context) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
+    context, split = _context(mesh), _split(config, world, mesh, shape, decision)
+    parts = [GPT(shape, units, context, split)
+             for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype)
     for part in parts:
@@ -157,15 +165,31 @@ def _context(mesh: Mesh) -> Whole:
     return Ring(mesh.cp) if mesh.cp.size > 1 else WHOLE
 
 
+def _split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arithmetic) -> Alone:
+    """Whom this rank shares its layers with. Collective over the mesh."""
+    if mesh.tp.size == 1:
+        return ALONE
+    rows = config.data.micro_batch_size * config.data.sequence_length // mesh.cp.size
+    built, problem = [], None
+    try:
+        built.append(exchange.build(config.sync.collective, mesh.tp, rows=rows, width=shape.width,
+                                    dtype=decision.dtype, reproducible=decision.reproducible))
+    except UserError as error:
+        problem = error
+    agree(mesh.comm, problem)       # teams may be on different nodes
+    return Team(world.owns(built[0]))
+
+
 def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
                 num_slots: int, dtype: torch.dtype) -> Synchronizer[Any]:
     """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
     matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
+    repeated = set(parameters) - matrices if mesh.tp.rank else set()    # vectors are whole on every rank of a team
     kind = sync.get(config.sync.kind)
     synchronizer: Synchronizer[Any] = kind(
         parameters, matrices, _collective(config, world, mesh, parameters.values(), update), mesh.parts,
         _worker(world, mesh), states=update.STATES, num_slots=num_slots, dtype=dtype,
-        bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible,
+        bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible, repeated=repeated,
         **{name: getattr(config.sync, name) for name in kind.OPTIONS})
     return world.owns(synchronizer)
 
@@ -203,7 +227,7 @@ def _shared_bytes(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Paramete
 def _worker(world: World, mesh: Mesh) -> Worker | Inline:
     """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it, and
     from both at once where the backward pass sends messages too."""
-    level = "MULTIPLE" if mesh.pp.size * mesh.cp.size > 1 else "SERIALIZED"
+    level = "MULTIPLE" if mesh.pp.size * mesh.cp.size * mesh.tp.size > 1 else "SERIALIZED"
     if world.thread_level >= getattr(MPI, f"THREAD_{level}"):
         return Worker("communication")
     warn(f"this MPI runs without MPI_THREAD_{level}: gradients are summed after the backward pass, not during it.")
@@ -212,10 +236,11 @@ def _worker(world: World, mesh: Mesh) -> Worker | Inline:
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:
     """Give parameters and optimizer their values: initial ones, or a checkpoint's. Collective over the workers."""
+    slices = core.slices(shape)
     if reader is None:
-        core.sync.load(initial(shape, config.run.seed))
+        core.sync.load(initial(slices, config.run.seed))
         return TrainState()
-    core.sync.load(from_checkpoint(shape, reader))
+    core.sync.load(from_checkpoint(slices, reader))
     state = TrainState(**reader.meta["state"])
     core.update.applied, core.update.skipped = state.applied, state.skipped
     say(f"resumed from {reader.path} at step {state.step}")
@@ -259,7 +284,8 @@ def _saver(config: Config, world: World, core: Core, shape: Shape, about: dict[s
            reader: Reader | None) -> Saver:
     writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint"),
                     keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    return Saver(writer, core.sync, shape, core.mesh.replicas, config.checkpoint, about=about, reader=reader)
+    return Saver(writer, core.sync, core.slices(shape), core.mesh.replicas, config.checkpoint, about=about,
+                 reader=reader)
 
 
 def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:

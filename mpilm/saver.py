@@ -7,7 +7,7 @@ from typing import Any
 
 from mpilm.checkpoint import Piece, Reader, Saved, Writer
 from mpilm.config import Checkpoint
-from mpilm.model.shape import Shape
+from mpilm.model.slices import Slices
 from mpilm.state import TrainState, describe, pieces
 from mpilm.sync import Synchronizer
 
@@ -16,7 +16,8 @@ class Saver:
     """Hands this rank's share of all tensors to the writer. Collective over the writer's ranks, like every method.
 
     Args:
-        comm: The ranks that hold the same tensors, and share the work of writing them.
+        slices: What of the model's tensors this rank holds.
+        comm: The ranks that hold the same of them, and share the work of writing it.
         about: What the manifest says about the run besides its state.
         reader: The checkpoint that the run was resumed from, or None.
 
@@ -24,9 +25,9 @@ class Saver:
         path: The newest complete checkpoint of this run, or None.
     """
 
-    def __init__(self, writer: Writer, sync: Synchronizer[Any], shape: Shape, comm: Any, config: Checkpoint, *,
+    def __init__(self, writer: Writer, sync: Synchronizer[Any], slices: Slices, comm: Any, config: Checkpoint, *,
                  about: dict[str, Any], reader: Reader | None) -> None:
-        self.writer, self.sync, self.shape, self.comm, self.config = writer, sync, shape, comm, config
+        self.writer, self.sync, self.slices, self.comm, self.config = writer, sync, slices, comm, config
         self.about, self.saved = about, reader.step if reader else -1
         self.path: Path | None = reader.path if reader else None
         writer.reserve(self._pieces())
@@ -40,7 +41,7 @@ class Saver:
             self.saved = state.step
 
     def _pieces(self) -> list[Piece]:
-        return list(pieces(self.shape, self.sync.runs(self.comm.rank, self.comm.size)))
+        return list(pieces(self.slices, self.sync.runs(self.comm.rank, self.comm.size)))
 
     def wait(self) -> None:
         """Return when everything saved is complete on disk."""

@@ -11,7 +11,7 @@ of everything. A `Shard` is one that is divided over all ranks: of masters and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,9 @@ Run = tuple[str, str, int, np.ndarray]
 class Bucket:
     """What both kinds have in common: a segment `own`, which this rank updates.
 
+    Args:
+        repeated: Parameters that the norm must not count here, because another rank holds and counts them too.
+
     Attributes:
         flat: Whole, what parameters are views of.
         shard: `own` of `flat`; what the update writes the new weights to.
@@ -49,8 +52,11 @@ class Bucket:
     states: Mapping[str, np.ndarray]
     squares: np.ndarray
 
-    def __init__(self, layout: Layout, own: slice, gradients: Gradients) -> None:
+    def __init__(self, layout: Layout, own: slice, gradients: Gradients, repeated: Collection[str]) -> None:
         self.layout, self.own, self.gradients = layout, own, gradients
+        left_out = {block for member, start, stop in layout.members_in(own) if member.name in repeated
+                    for block in range((start - own.start) // BLOCK, -(-(stop - own.start) // BLOCK))}
+        self.counted = [block for block in range((own.stop - own.start) // BLOCK) if block not in left_out]
 
     def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
         """The gradients of `slot` are all there; returns what is to be done in bucket order, on all ranks alike."""
@@ -65,7 +71,7 @@ class Bucket:
     def _square(self) -> None:
         """One call a block: over several blocks at once NumPy may sum each of them in another order."""
         gradients = self.gradients.own.numpy()
-        for block in range(self.squares.size):
+        for block in self.counted:
             values = gradients[block * BLOCK:(block + 1) * BLOCK]
             self.squares[block] = np.einsum("i,i->", values, values)
 
@@ -96,9 +102,9 @@ class Replica(Bucket):
     """A bucket among `owners`. Collective over the collective's communicator."""
 
     def __init__(self, layout: Layout, collective: Any, owners: Node, *, states: Sequence[str],
-                 dtype: torch.dtype, visits: Sequence[Visit]) -> None:
+                 dtype: torch.dtype, visits: Sequence[Visit], repeated: Collection[str]) -> None:
         count, own = layout.count, segments(layout.count, owners.comm.size)[owners.comm.rank]
-        super().__init__(layout, own, Whole(layout, collective, collective.reduce, own, visits))
+        super().__init__(layout, own, Whole(layout, collective, collective.reduce, own, visits), repeated)
         self.common = {name: owners.allocate_common(count, np.float32) for name in (MASTERS, *states)}
         whole = torch.from_numpy(self.common[MASTERS])
         self.flat = whole if dtype == torch.float32 else bridge.tensor(
@@ -119,8 +125,8 @@ class Shard(Bucket):
     """A bucket over all ranks, with any kind of gradients and weights."""
 
     def __init__(self, layout: Layout, own: slice, gradients: Gradients, weights: Weights, *,
-                 states: Sequence[str]) -> None:
-        super().__init__(layout, own, gradients)
+                 states: Sequence[str], repeated: Collection[str]) -> None:
+        super().__init__(layout, own, gradients, repeated)
         self.weights = weights
         self.flat, self.shard, self.masters = weights.flat, weights.shard, weights.masters
         self.states = {name: np.zeros(own.stop - own.start, np.float32) for name in states}
