@@ -92,3 +92,11 @@ def test_help_needs_nothing_heavy(name):
     assert "usage:" in result.stdout
     modules = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert not modules & {"torch", "numpy", "mpi4py.MPI", "h5py", "tokenizers", "tensorboard"}
+
+
+@serial
+def test_programs_that_compile_nothing_do_not_load_the_compiler():
+    program = "import sys, mpilm.assemble; print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], env=clean_environment(), cwd=REPOSITORY,
+                            capture_output=True, text=True, check=False)
+    assert result.stdout == "False\n", result

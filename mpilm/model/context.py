@@ -38,6 +38,9 @@ class Whole:
         """What `attend` must know of `documents` [B, T], integers, of a sequence of `length` tokens."""
         return attention.masks(length, documents, device)
 
+    def compiled(self) -> None:
+        """Compiled code is going to call `attend`."""
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> Tensor:
         """Causal attention of my queries [B, T / size, H, D], divided by sqrt(D), over all tokens' keys and values, of
         which mine are [B, T / size, K, D]; weighted values [B, T / size, H, D]."""

@@ -128,6 +128,7 @@ class GPT(nn.Module):
     def compile_parts(self) -> None:
         """Compile what is worth it, on the first call: one block's code serves all blocks, and gradients of a block
         are there as soon as its own backward pass is done."""
+        self.context.compiled()
         for block in self.layers.values():
             block.compile(dynamic=False)
         if self.last:

@@ -71,9 +71,13 @@ class Ring(Whole):
             return []
         return [torch.stack([self._share(documents, rank) for rank in range(self.size)])]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def compiled(self) -> None:
+        """Compiled code ends before `attend` and goes on after it."""
+        # Not a decorator: that would load the compiler, a second's worth, into every program.
+        self.attend = torch.compiler.disable(self.attend)  # type: ignore[method-assign]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> Tensor:
-        """As Whole; the same in compiled code, which ends before it and goes on after it."""
+        """As Whole."""
         tiles = Tiles(self.rank, q, kv_heads=k.shape[2], documents=masks[0] if masks else None)
         y: Tensor = _Attend.apply(q, k, v, self, tiles)
         return y
