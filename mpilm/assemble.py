@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from mpi4py import MPI
 
-from mpilm import arithmetic, resume, sync
+from mpilm import arithmetic, resume, room, sync
 from mpilm.arithmetic import Arithmetic
 from mpilm.checkpoint import Reader, Writer
 from mpilm.comm import choose
 from mpilm.comm.collectives import Collective
-from mpilm.comm.mesh import AXES, Mesh
+from mpilm.comm.mesh import Mesh
 from mpilm.comm.node import Node
-from mpilm.comm.order import BLOCK
+from mpilm.comm.roles import Roles
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
 from mpilm.data._files import write_bytes
@@ -25,7 +26,7 @@ from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
 from mpilm.launch import World, agree, on_root
-from mpilm.log import UserError, say, warn
+from mpilm.log import UserError, warn
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
 from mpilm.model.context import WHOLE, Whole
@@ -39,10 +40,13 @@ from mpilm.parallel.context import Ring
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.parallel.tensor import Team
-from mpilm.saver import Saver
-from mpilm.state import TrainState, from_checkpoint, initial
+from mpilm.saver import Elsewhere, Holder, Saver
+from mpilm.server import Serving, meets
+from mpilm.state import Read, TrainState, start, values
 from mpilm.sync import Synchronizer, compress
+from mpilm.sync._clocks import Clocks
 from mpilm.sync._compressed import Compressed
+from mpilm.sync._server import Server
 from mpilm.trainer import Trainer
 from mpilm.validation import Validation
 
@@ -70,8 +74,8 @@ class Core:
         return Slices(shape, self.mesh.tp.rank, self.mesh.tp.size)
 
 
-def trainer(config: Config, world: World) -> Trainer:
-    """The whole program, at the step where it goes on. Collective over `world.comm`.
+def program(config: Config, world: World) -> Trainer | Serving:
+    """The whole program, at the step where it goes on: a trainer, or what a server does. Collective over `world.comm`.
 
     Raises:
         UserError: On every rank, for whatever of the configuration, data or checkpoint can't be used.
@@ -79,23 +83,32 @@ def trainer(config: Config, world: World) -> Trainer:
     dataset = open_split(config, "train")
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
-    _check_memory(shape, world)
+    room.check(shape, world)
     reader = resume.find(config, world.comm)
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
         resume.check(reader, shape=asdict(shape), data=about_data, config=config)
     decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else {})
-    core = build(config, world, shape, decision)
-    state = restore(core, shape, config, reader)
+    on_root(world.comm, lambda: write_bytes(Path(config.run.dir) / "config.toml", config.to_toml().encode()))
     about = {"shape": asdict(shape), "data": {**about_data, "tokenizer": dataset.tokenizer_hash},
-             "config": config.to_dict(), "arithmetic": decision.to_dict(), "layout": _describe(core.mesh)}
+             "config": config.to_dict(), "arithmetic": decision.to_dict(),
+             "layout": layout.describe(config, world.size)}
+    roles = assign(config, world)
+    if roles.serving:
+        state = start(reader)
+        server, update = serve(config, shape, decision, roles, state, values(Slices(shape), config.run.seed, reader))
+        saver = _saver(config, world, roles.side, server, roles.side, Slices(shape), about, reader=reader)
+        return Serving(config, state, server, update, saver)
+    core = build(config, world, shape, decision, roles)
+    state = restore(core, shape, config, reader)
     return Trainer(
         config=config, state=state, update=core.update, pipeline=core.pipeline, sync=core.sync,
         loader=_loader(config, dataset, core.slots),
         losses=core.losses,
         validation=_validation(config, core),
-        metrics=_metrics(config, world, state),
-        saver=_saver(config, world, core, shape, about, reader=reader),
+        metrics=_metrics(config, core.mesh.comm, state),
+        saver=Elsewhere() if roles.servers else _saver(
+            config, world, roles.side, core.sync, core.mesh.replicas, core.slices(shape), about, reader=reader),
         flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)
 
 
@@ -118,19 +131,38 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
                  tied_embeddings=model.tied_embeddings, rope_theta=model.rope_theta, norm_eps=model.norm_eps)
 
 
-def _check_memory(shape: Shape, world: World) -> None:
-    """Refuse what cannot fit in whatever layout, rather than be killed for it. Collective over `world.comm`."""
-    least = 4 * FLOAT_BYTES * count.parameters(shape)
-    there = world.comm.allreduce(world.memory)
-    if least > there:
-        raise UserError(
-            f"A model of {count.parameters(shape):,} parameters takes at least {least / 2**30:,.1f} GiB (weights, "
-            f"gradients, two states of the optimizer), and all ranks together have {there / 2**30:,.1f} GiB of memory. "
-            "Lower --model.width, --model.layers or --model.vocab_size, or use more nodes.")
+def assign(config: Config, world: World) -> Roles:
+    """Who serves and who works. Collective over `world.comm`.
+
+    Raises:
+        UserError: There is nobody to work.
+    """
+    layout.require_workers(config, world.size)
+    return world.owns(Roles.build(world.comm, servers=layout.num_servers(config)))
 
 
-def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> Core:
-    """Parts of the model and synchronizer, with memory but without values yet. Collective over `world.comm`.
+def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, state: TrainState,
+          read: Read) -> tuple[Server, Update]:
+    """A server that has sent everyone its first parameters, and its update. Collective over all ranks of `roles`: the
+    others `build` and `restore`."""
+    with torch.device("meta"):
+        parameters = named([GPT(shape)])
+    update = Update(config.optim, config.run.steps)
+    update.applied, update.skipped = state.applied, state.skipped
+    runs = layout.slots(config, roles.workers, reproducible=decision.reproducible)
+    clocks = Clocks(roles.workers, staleness=layout.staleness(config), start=state.step, steps=config.run.steps,
+                    meets=partial(meets, config), shares=[len(run) for run in runs])
+    server = Server(parameters, _matrices(parameters), roles, clocks, rule=config.sync.staleness_rule,
+                    states=update.STATES, dtype=decision.dtype, bucket_mib=config.sync.bucket_mib)
+    server.load(read, update)
+    return server, update
+
+
+def build(config: Config, world: World, shape: Shape, decision: Arithmetic, roles: Roles | None = None) -> Core:
+    """Parts of the model and synchronizer, with memory but without values yet. Collective over those who work.
+
+    Args:
+        roles: As `assign` gave them; None: that is done here, and nobody serves.
 
     Raises:
         UserError: The layout is impossible; the message names those that would work.
@@ -138,16 +170,21 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
     if config.model.kind != "gpt":
         raise UserError(f"--model.kind {config.model.kind}: this version has gpt.")
     layout.check(config, shape, world.size)
+    roles = roles or assign(config, world)
     parallel = config.parallel
     pp, cp, tp = parallel.pp, parallel.cp, parallel.tp
-    mesh = world.owns(Mesh.build(world.comm, dp=world.size // (pp * cp * tp), pp=pp, cp=cp, tp=tp))
+    mesh = world.owns(Mesh.build(roles.side, dp=roles.workers // (pp * cp * tp), pp=pp, cp=cp, tp=tp))
     runs = layout.slots(config, mesh.dp.size, reproducible=decision.reproducible)
     slots = runs[mesh.dp.rank]
+    together = mesh.replicas
+    if layout.staleness(config):    # a step is this replica's own
+        runs, together = [slots], MPI.COMM_SELF
     context, split = _context(mesh), _split(config, world, mesh, shape, decision)
     parts = [GPT(shape, units, context, split)
              for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
-    synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype)
+    synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype,
+                               roles=roles)
     for part in parts:
         part.recompute, part.around = parallel.recompute, synchronizer.around
     schedule = schedules.get(config.parallel.schedule)
@@ -156,7 +193,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic) -> C
             part.compile_parts()
     stages = Pipeline(parts, synchronizer, mesh.pp, schedule,
                       num_slots=sum(map(len, runs)) * cp, dtype=decision.dtype)
-    return Core(mesh, slots, parts, synchronizer, stages, Losses(mesh.replicas, runs, mesh.pp), update)
+    return Core(mesh, slots, parts, synchronizer, stages, Losses(together, runs, mesh.pp), update)
 
 
 def _context(mesh: Mesh) -> Whole:
@@ -181,17 +218,22 @@ def _split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Ari
 
 
 def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
-                num_slots: int, dtype: torch.dtype) -> Synchronizer[Any]:
+                num_slots: int, dtype: torch.dtype, roles: Roles | None = None) -> Synchronizer[Any]:
     """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
-    matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
-    repeated = set(parameters) - matrices if mesh.tp.rank else set()    # vectors are whole on every rank of a team
     kind = sync.get(config.sync.kind)
+    matrices = _matrices(parameters)
+    repeated = set(parameters) - matrices if mesh.tp.rank else set()    # vectors are whole on every rank of a team
+    by = roles if roles and roles.servers else _collective(config, world, mesh, parameters.values(), update)
     synchronizer: Synchronizer[Any] = kind(
-        parameters, matrices, _collective(config, world, mesh, parameters.values(), update), mesh.parts,
-        _worker(world, mesh), states=update.STATES, num_slots=num_slots, dtype=dtype,
-        bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible, repeated=repeated,
-        **{name: getattr(config.sync, name) for name in kind.OPTIONS})
+        parameters, matrices, by, mesh.parts, _worker(world, mesh), states=update.STATES,
+        num_slots=num_slots, dtype=dtype, bucket_mib=config.sync.bucket_mib, reproducible=config.run.reproducible,
+        repeated=repeated, **{name: getattr(config.sync, name) for name in kind.OPTIONS})
     return world.owns(synchronizer)
+
+
+def _matrices(parameters: dict[str, torch.nn.Parameter]) -> set[str]:
+    """Names of those that weight decay applies to."""
+    return {name for name, parameter in parameters.items() if parameter.dim() > 1}
 
 
 def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:
@@ -199,29 +241,14 @@ def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for part in parts for name, parameter in part.named_parameters()}
 
 
-def _describe(mesh: Mesh) -> dict[str, int]:
-    return {axis: getattr(mesh, axis).size for axis in AXES}
-
-
 def _collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter],
                 update: Update) -> Collective:
     node, codec = world.owns(Node.build(mesh.replicas)), compress.get(config.sync.compress)
     plain = choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
                          count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
-                         shared_bytes=_shared_bytes(mesh, node, parameters))
+                         shared_bytes=room.shared(mesh, node, parameters))
     return world.owns(plain if config.sync.compress == "none" else Compressed(
         codec(), plain, warmup=config.sync.compress_warmup, applied=lambda: update.applied))
-
-
-def _shared_bytes(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Parameter]) -> int:
-    """What the ranks of a node share at most: gradients of each, and masters, optimizer states and weights once, of
-    all the replicas' groups that sit there. Collective over `mesh.comm`."""
-    count = sum(-(-parameter.numel() // BLOCK) * BLOCK for parameter in parameters)
-    mine = (node.comm.size + 4) * FLOAT_BYTES * count // node.comm.size
-    host = mesh.comm.Split_type(MPI.COMM_TYPE_SHARED)
-    everyone: int = mesh.comm.allreduce(host.allreduce(mine), op=MPI.MAX)
-    host.Free()
-    return everyone
 
 
 def _worker(world: World, mesh: Mesh) -> Worker | Inline:
@@ -236,14 +263,9 @@ def _worker(world: World, mesh: Mesh) -> Worker | Inline:
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:
     """Give parameters and optimizer their values: initial ones, or a checkpoint's. Collective over the workers."""
-    slices = core.slices(shape)
-    if reader is None:
-        core.sync.load(initial(slices, config.run.seed))
-        return TrainState()
-    core.sync.load(from_checkpoint(slices, reader))
-    state = TrainState(**reader.meta["state"])
+    core.sync.load(values(core.slices(shape), config.run.seed, reader))
+    state = start(reader)
     core.update.applied, core.update.skipped = state.applied, state.skipped
-    say(f"resumed from {reader.path} at step {state.step}")
     return state
 
 
@@ -273,19 +295,18 @@ def validation(config: Config, stages: Pipeline, comm: Any, *, share: int = 1) -
                       mask_documents=data.mask_documents, share=share)
 
 
-def _metrics(config: Config, world: World, state: TrainState) -> Metrics:
-    directory = Path(config.run.dir)
-    on_root(world.comm, lambda: write_bytes(directory / "config.toml", config.to_toml().encode()))
-    return Metrics(directory, step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard,
-                   write=world.rank == 0)
+def _metrics(config: Config, comm: MPI.Comm, state: TrainState) -> Metrics:
+    metrics = Metrics(Path(config.run.dir), step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard)
+    on_root(comm, metrics.open)
+    return metrics
 
 
-def _saver(config: Config, world: World, core: Core, shape: Shape, about: dict[str, Any], *,
-           reader: Reader | None) -> Saver:
-    writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint"),
+def _saver(config: Config, world: World, everyone: MPI.Comm, holds: Holder, sharing: MPI.Comm, slices: Slices,
+           about: dict[str, Any], *, reader: Reader | None) -> Saver:
+    """Of `everyone` who has something to save, those of `sharing` have the same tensors."""
+    writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint", everyone),
                     keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    return Saver(writer, core.sync, core.slices(shape), core.mesh.replicas, config.checkpoint, about=about,
-                 reader=reader)
+    return Saver(writer, holds, slices, sharing, config.checkpoint, about=about, reader=reader)
 
 
 def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:

@@ -145,8 +145,12 @@ class Sync:
     """How replicas are kept together.
 
     Args:
-        kind: The file of mpilm/sync: allreduce, or sharded (memory divided over the replicas).
+        kind: The file of mpilm/sync: allreduce, sharded (memory divided over the replicas), or parameter_server.
         level: What sharded divides: 1 optimizer state; 2 gradients too; 3 weights too.
+        servers: The first ranks, which hold the parameters of parameter_server and do not train.
+        staleness: Steps that a worker may be ahead of the slowest; 0: updates are of all workers; inf: no limit.
+        staleness_rule: What a server does about gradients of old parameters: nothing, scale the learning rate by
+            1 / staleness, or compensate for what has changed since.
         collective: The file of mpilm/comm/collectives: ring, shared, tree, mpi; `auto` measures and picks.
         bucket_mib: Gradients are reduced in buckets of this size.
         compress: What gradients are sent as: `none`, or a file of mpilm/sync/compress: bf16, int8, onebit, topk.
@@ -155,6 +159,9 @@ class Sync:
 
     kind: str = "allreduce"
     level: int = 1
+    servers: int = 1
+    staleness: int | Literal["inf"] = 0
+    staleness_rule: Literal["none", "scale", "compensate"] = "none"
     collective: str = "auto"
     bucket_mib: float = 8.0
     compress: str = "none"

@@ -23,7 +23,20 @@ class Flat:
 
 
 class Update(Protocol):
-    """A rule that turns gradients into new parameters; local, and it cannot fail."""
+    """A rule that turns gradients into new parameters; local, and it cannot fail.
+
+    Attributes:
+        lr: Of the next update.
+        applied, skipped, skipped_in_a_row: Updates that were made, left out, and left out since the last one.
+    """
+
+    lr: float
+    applied: int
+    skipped: int
+    skipped_in_a_row: int
+
+    def begin(self, step: int) -> None:
+        """The next update is that of `step`."""
 
     def accept(self, grad_norm: float) -> float | None:
         """What gradients of this global norm are multiplied by; None if the step must be skipped."""

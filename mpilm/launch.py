@@ -73,9 +73,9 @@ class World:
     thread_level: int
     _owned: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
-    def dup(self, purpose: str) -> MPI.Comm:
-        """A communicator of its own for one purpose; freed with the session. Collective over the world."""
-        duplicate = self.comm.Dup()
+    def dup(self, purpose: str, comm: MPI.Comm | None = None) -> MPI.Comm:
+        """A communicator of its own for one purpose; freed with the session. Collective over `comm`, or the world."""
+        duplicate: MPI.Comm = (comm or self.comm).Dup()
         duplicate.Set_name(purpose)
         self._owned.callback(duplicate.Free)
         return duplicate

@@ -18,33 +18,36 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes records to `directory`; with `write` False (every rank but 0) all methods do nothing.
+    """Writes records to `directory` from `open` on; where that is not called (every rank but 0) all methods do nothing.
 
     Args:
         step: Steps already done; records after it are dropped from an earlier run's file.
         steps: Steps in all, for the time that is left.
     """
 
-    def __init__(self, directory: Path, *, step: int, steps: int, tensorboard: bool, write: bool) -> None:
-        self.steps, self.write = steps, write
+    def __init__(self, directory: Path, *, step: int, steps: int, tensorboard: bool) -> None:
+        self.directory, self.steps, self.tensorboard = directory, steps, tensorboard
         self.started, self.first_step = time.perf_counter(), step
         self.file: Any = None
         self.events: Any = None
-        if write:
-            self._open(directory, step, tensorboard)
 
-    def _open(self, directory: Path, step: int, tensorboard: bool) -> None:
-        path = directory / FILE
+    def open(self) -> None:
+        """Open every file.
+
+        Raises:
+            OSError: One of them cannot be written.
+        """
+        step, path = self.first_step, self.directory / FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self.file = path.open("a", buffering=1)
         self.progress = Progress(self.steps, done=step)
-        if tensorboard:
+        if self.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self.events = SummaryWriter(str(directory), purge_step=step + 1)
+            self.events = SummaryWriter(str(self.directory), purge_step=step + 1)
 
     def record(self, values: dict[str, Any]) -> None:
         """Write one step's values; `step` is among them."""
@@ -92,9 +95,9 @@ def _has_step(line: str) -> bool:
         return False
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
-    return value if math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sentence(values: dict[str, Any], seconds_left: float) -> str:

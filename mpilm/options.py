@@ -95,7 +95,8 @@ def check(config: Config) -> None:
     """
     for option in ("run.steps", "data.sequence_length", "data.global_batch_size", "data.micro_batch_size",
                    "model.layers", "model.width", "model.heads", "run.max_skipped", "parallel.pp", "parallel.cp",
-                   "parallel.tp", "parallel.chunks", "log.every", "checkpoint.keep_last", "log.validation_sequences"):
+                   "parallel.tp", "parallel.chunks", "log.every", "checkpoint.keep_last", "log.validation_sequences",
+                   "sync.servers"):
         _require(config, option, lambda value: value >= 1, "a whole number from 1 up")
     for option in ("run.seed", "run.threads", "model.kv_heads", "model.hidden", "model.vocab_size",
                    "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every",
@@ -114,8 +115,10 @@ def check(config: Config) -> None:
     for option in ("run.dir", "run.resume"):
         _require(config, option, lambda value: value.strip() and "\0" not in value, "a name")
     _require(config, "sync.level", lambda value: value in (1, 2, 3), "1, 2 or 3")
+    _require(config, "sync.staleness", lambda value: value == "inf" or value >= 0, "a whole number from 0 up, or inf")
     _check_shape(config.model)
     _check_sharding(config)
+    _check_servers(config)
     if config.data.global_batch_size % config.data.micro_batch_size:
         raise UserError(f"--data.micro_batch_size {config.data.micro_batch_size} must divide "
                         f"--data.global_batch_size {config.data.global_batch_size}.")
@@ -136,6 +139,18 @@ def _check_sharding(config: Config) -> None:
         raise UserError(f"--sync.compress {config.sync.compress} remembers what it left out of whole gradients, and "
                         f"--sync.level {config.sync.level} keeps none whole: give --sync.level 1, or "
                         "--sync.compress none.")
+
+
+def _check_servers(config: Config) -> None:
+    sync = config.sync
+    if sync.kind != "parameter_server":
+        return
+    if sync.staleness != 0 and config.run.reproducible:
+        raise UserError(f"--sync.staleness {sync.staleness}: whose gradient comes first decides the result, which "
+                        "reproducible mode does not allow. Type --run.reproducible false too, or --sync.staleness 0.")
+    if sync.compress != "none":
+        raise UserError(f"--sync.compress {sync.compress} is for sums over ranks, and servers take gradients as they "
+                        "are: give --sync.compress none, or --sync.kind allreduce.")
 
 
 def _check_shape(model: Model) -> None:

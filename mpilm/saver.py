@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mpilm.checkpoint import Piece, Reader, Saved, Writer
 from mpilm.config import Checkpoint
 from mpilm.model.slices import Slices
 from mpilm.state import TrainState, describe, pieces
-from mpilm.sync import Synchronizer
+from mpilm.sync._buckets import Run
+
+
+class Holder(Protocol):
+    """Whoever holds parameters and optimizer state."""
+
+    def runs(self, part: int, parts: int) -> list[Run]:
+        """Share number `part` of everything a resume needs; the `parts` shares cover it exactly once."""
 
 
 class Saver:
     """Hands this rank's share of all tensors to the writer. Collective over the writer's ranks, like every method.
 
     Args:
-        slices: What of the model's tensors this rank holds.
+        holds: What this rank has to save.
+        slices: What of the model's tensors it holds.
         comm: The ranks that hold the same of them, and share the work of writing it.
         about: What the manifest says about the run besides its state.
         reader: The checkpoint that the run was resumed from, or None.
@@ -25,23 +33,27 @@ class Saver:
         path: The newest complete checkpoint of this run, or None.
     """
 
-    def __init__(self, writer: Writer, sync: Synchronizer[Any], slices: Slices, comm: Any, config: Checkpoint, *,
+    def __init__(self, writer: Writer, holds: Holder, slices: Slices, comm: Any, config: Checkpoint, *,
                  about: dict[str, Any], reader: Reader | None) -> None:
-        self.writer, self.sync, self.slices, self.comm, self.config = writer, sync, slices, comm, config
+        self.writer, self.holds, self.slices, self.comm, self.config = writer, holds, slices, comm, config
         self.about, self.saved = about, reader.step if reader else -1
         self.path: Path | None = reader.path if reader else None
         writer.reserve(self._pieces())
 
     def after_step(self, state: TrainState, *, last: bool) -> None:
         """Save if it is time to; otherwise see how an earlier save is getting on."""
-        self._note(self.writer.poll())
+        self.poll()
         due = last or (self.config.every and state.step % self.config.every == 0)
         if due and state.step != self.saved:
             self.writer.save(state.step, self._pieces(), describe(state, self.about))
             self.saved = state.step
 
+    def poll(self) -> None:
+        """See how an earlier save is getting on."""
+        self._note(self.writer.poll())
+
     def _pieces(self) -> list[Piece]:
-        return list(pieces(self.slices, self.sync.runs(self.comm.rank, self.comm.size)))
+        return list(pieces(self.slices, self.holds.runs(self.comm.rank, self.comm.size)))
 
     def wait(self) -> None:
         """Return when everything saved is complete on disk."""
@@ -49,3 +61,19 @@ class Saver:
 
     def _note(self, saved: Saved | None) -> None:
         self.path = saved.path if saved else self.path
+
+
+class Elsewhere:
+    """In place of a Saver on ranks that have nothing to save: servers do it, at steps at which all wait for each other.
+
+    Attributes:
+        path: Is known to those who save.
+    """
+
+    path: Path | None = None
+
+    def after_step(self, state: TrainState, *, last: bool) -> None:
+        """Nothing."""
+
+    def wait(self) -> None:
+        """Nothing."""

@@ -38,6 +38,8 @@ def build(layers: nn.Sequential | Sequence[nn.Module], loss: Loss, inputs: Any, 
           world: World, *, optimizer: str = "adamw") -> Model:
     """See `hybrid.model`. Collective over `world.comm`."""
     options.check(config)
+    if config.sync.kind == "parameter_server":
+        raise UserError("sync.kind parameter_server: servers hold models of `mpilm.train`; give allreduce or sharded.")
     if config.sync.kind == "sharded" and config.sync.level == 3:
         raise UserError("sync.level 3: layers of your own do not say when they compute, so their weights can't come "
                         "and go; give level 2.")

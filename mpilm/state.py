@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.checkpoint import Piece, Reader
+from mpilm.log import say
 from mpilm.model import init
 from mpilm.model.slices import Slices
 
@@ -62,3 +63,17 @@ def initial(slices: Slices, seed: int) -> Read:
 def describe(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint's manifest says besides its tensors."""
     return {**about, "state": vars(state).copy()}
+
+
+def values(slices: Slices, seed: int, reader: Reader | None) -> Read:
+    """Where parameters and optimizer state come from."""
+    return initial(slices, seed) if reader is None else from_checkpoint(slices, reader)
+
+
+def start(reader: Reader | None) -> TrainState:
+    """Where the run goes on; says so."""
+    if reader is None:
+        return TrainState()
+    state = TrainState(**reader.meta["state"])
+    say(f"resumed from {reader.path} at step {state.step}")
+    return state

@@ -15,6 +15,7 @@ from mpilm.lock import locked
 from mpilm.log import say
 
 if TYPE_CHECKING:
+    from mpilm.server import Serving
     from mpilm.trainer import Trainer
 
 CORPUS = "corpus"  # folder of the built-in corpus, beside the runs
@@ -36,28 +37,32 @@ def main(argv: Sequence[str] | None = None) -> None:
             from data_prep import corpus
 
             config.data.path = str(corpus.prepare(CORPUS, world.comm, threads=world.threads))
-        trainer = assemble.trainer(config, world)
-        trainer.run()
-        summarize(trainer, config, world)
+        program = assemble.program(config, world)
+        program.run()
+        summarize(program, config, world)
 
 
-def summarize(trainer: Trainer, config: Config, world: World) -> None:
+def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
     """Print validation loss beside the unigram entropy, a sample, and where the run is. Collective over the world."""
     from mpilm import assemble, generate, resume
     from mpilm.data.shards import unigram_entropy
+    from mpilm.parallel import layout
 
-    lines = [f"finished at step {trainer.state.step}"]
-    if trainer.validation is not None:
+    loss = program.validation.loss() if program.validation is not None else None
+    loss, speeds = world.comm.bcast((loss, program.speeds), root=layout.num_servers(config))
+    path = world.comm.bcast(str(program.saver.path))    # known to those who saved
+    lines = [f"finished at step {program.state.step}"]
+    if loss is not None:
         entropy = unigram_entropy(assemble.open_split(config, "validation"))
-        lines.append(f"validation loss   {trainer.validation.loss():.4f} nats per token")
+        lines.append(f"validation loss   {loss:.4f} nats per token")
         lines.append(f"unigram entropy   {entropy:.4f} nats per token (what knowing only the frequencies gives)")
-    if trainer.speeds:
-        lines.append(f"speed             {median(trainer.speeds):,.0f} tokens/s")
+    if speeds:
+        lines.append(f"speed             {median(speeds):,.0f} tokens/s")
     else:
         lines.append("nothing was left to train: raise --run.steps, or give another --run.dir")
     lines.append(f"run directory     {config.run.dir}")
     say("\n" + "\n".join(lines))
-    reader = resume.open_run(str(trainer.saver.path), world.comm)  # a rank of a pipeline has only a part of the model
+    reader = resume.open_run(path, world.comm)  # a rank of a pipeline has only a part of the model
     if world.rank == 0:
         text = generate.sample(assemble.trained(reader), config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
                                context=config.data.sequence_length, temperature=0.7, seed=config.run.seed)

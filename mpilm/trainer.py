@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from mpilm.metrics import Metrics
 from mpilm.optim import Update
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
-from mpilm.saver import Saver
+from mpilm.saver import Elsewhere, Saver
 from mpilm.state import TrainState
 from mpilm.sync import Synchronizer
 from mpilm.validation import Validation
@@ -27,7 +27,7 @@ from mpilm.validation import Validation
 
 @dataclass
 class Trainer:
-    """The assembled program (see assemble.py). Collective over the world, like every method."""
+    """The assembled program of a rank that trains (see assemble.py). Collective over all that do, like every method."""
 
     config: Config
     state: TrainState
@@ -38,7 +38,7 @@ class Trainer:
     losses: Losses
     validation: Validation | None
     metrics: Metrics
-    saver: Saver
+    saver: Saver | Elsewhere
     flops_per_token: int
     peak_flops: float
     seconds: dict[str, float] = field(default_factory=dict)
@@ -46,14 +46,14 @@ class Trainer:
 
     def run(self) -> None:
         """Train until `run.steps` steps are done."""
-        window = Window()
-        while self.state.step < self.config.run.steps:
-            loss = self.step()
-            window.add(self.seconds)
-            self._tell(loss, window)
-            self.saver.after_step(self.state, last=self.state.step == self.config.run.steps)
-        self.saver.wait()
-        self.metrics.close()
+        with closing(self.metrics):
+            window = Window(self.sync.done(self.state.step))
+            while self.state.step < self.config.run.steps:
+                loss = self.step()
+                window.add(self.seconds)
+                self._tell(loss, window)
+                self.saver.after_step(self.state, last=self.state.step == self.config.run.steps)
+            self.saver.wait()
 
     def step(self) -> float:
         """One update; returns the mean loss of the global batch before it, nats per token."""
@@ -74,14 +74,7 @@ class Trainer:
     def _count(self) -> None:
         self.state.step += 1
         self.state.applied, self.state.skipped = self.update.applied, self.update.skipped
-        if self.update.skipped_in_a_row:
-            say(f"step {self.state.step}: the gradient norm is {self.sync.grad_norm}; step skipped "
-                f"({self.update.skipped_in_a_row} in a row, {self.state.skipped} in all)")
-        limit, optim = self.config.run.max_skipped, self.config.optim
-        if self.update.skipped_in_a_row >= limit:
-            raise UserError(f"Step {self.state.step}: the gradient norm was NaN or infinite {limit} times in a row. "
-                            f"Lower --optim.lr {optim.lr}, raise --optim.warmup_steps {optim.warmup_steps}, or look "
-                            "at the data of these steps; checkpoints from before are intact.")
+        heed_skips(self.config, self.state.step, self.update, self.sync.grad_norm)
 
     def _tell(self, loss: float, window: Window) -> None:
         step, log = self.state.step, self.config.log
@@ -93,16 +86,16 @@ class Trainer:
         if validate and self.validation is not None:
             values["validation_loss"] = self.validation.loss()
         self.metrics.record(values)
-        window.restart()
+        window.restart(self.sync.done(step))
 
     def _values(self, loss: float, window: Window) -> dict[str, Any]:
-        data, seconds = self.config.data, window.means()
+        data, seconds, done = self.config.data, window.means(), self.sync.done(self.state.step)
         tokens = data.global_batch_size * data.sequence_length
-        self.speeds.append(tokens / seconds["step_s"])
+        self.speeds.append(tokens * (done - window.done) / (seconds["step_s"] * window.steps))
         return {"step": self.state.step, "loss": loss, "lr": self.update.lr, "grad_norm": self.sync.grad_norm,
-                "tokens": self.state.step * tokens, "tokens_per_s": self.speeds[-1],
+                "tokens": round(done * tokens), "tokens_per_s": self.speeds[-1],
                 "mfu": self.speeds[-1] * self.flops_per_token / self.peak_flops, "skipped": self.state.skipped,
-                **seconds}
+                **self.sync.told(), **seconds}
 
     @contextmanager
     def _timed(self, key: str) -> Iterator[None]:
@@ -111,14 +104,36 @@ class Trainer:
         self.seconds[key] = time.perf_counter() - started
 
 
+def heed_skips(config: Config, step: int, update: Update, grad_norm: float) -> None:
+    """Say that the last update was left out, if it was.
+
+    Raises:
+        UserError: `run.max_skipped` were, one after the other.
+    """
+    if not update.skipped_in_a_row:
+        return
+    say(f"step {step}: the gradient norm is {grad_norm}; step skipped ({update.skipped_in_a_row} in a row, "
+        f"{update.skipped} in all)")
+    limit, optim = config.run.max_skipped, config.optim
+    if update.skipped_in_a_row >= limit:
+        raise UserError(f"Step {step}: the gradient norm was NaN or infinite {limit} times in a row. Lower --optim.lr "
+                        f"{optim.lr}, raise --optim.warmup_steps {optim.warmup_steps}, or look at the data of these "
+                        "steps; checkpoints from before are intact.")
+
+
 class Window:
-    """Where the time of the steps since the last record went, and what they sent; not what is told in between."""
+    """Where the time of the steps since the last record went, and what they sent; not what is told in between.
 
-    def __init__(self) -> None:
-        self.restart()
+    Attributes:
+        done: Steps of the whole batch that were done when it began.
+    """
 
-    def restart(self) -> None:
+    def __init__(self, done: float) -> None:
+        self.restart(done)
+
+    def restart(self, done: float) -> None:
         """Forget everything and start the clock."""
+        self.done = done
         self.started, self.steps, self.sent = time.perf_counter(), 0, Traffic.sent
         self.sums: dict[str, float] = {}
 

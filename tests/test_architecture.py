@@ -16,8 +16,8 @@ FLOORS = {
     1: {"comm", "model", "data", "planner", "bridge", "flat"},
     2: {"parallel", "sync"},
     3: {"checkpoint", "state", "optim"},
-    4: {"trainer", "assemble", "hybrid", "sequential", "recovery", "resume", "saver", "validation", "arithmetic",
-        "metrics"},
+    4: {"trainer", "server", "assemble", "hybrid", "sequential", "recovery", "resume", "saver", "validation",
+        "arithmetic", "metrics", "room"},
     5: {"train", "evaluate", "generate", "inspect", "plan", "bench"},
 }
 FORBIDDEN = {

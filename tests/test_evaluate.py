@@ -12,7 +12,7 @@ from mpilm.model.gpt import GPT
 from mpilm.parallel import pipeline
 from tests import datasets
 from tests.data.cases import documents, write_dataset
-from tests.test_user_errors import attempt
+from tests.small_jobs import attempt
 from tests.training_cases import configuration
 
 

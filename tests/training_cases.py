@@ -58,10 +58,14 @@ def alone(config, *, precision="fp32", compiled=False):
 
 def build(config, world, *, precision="fp32", compiled=False):
     """Model and synchronizer over the ranks of `world`, with initial weights."""
-    arithmetic = Arithmetic(precision, compiled, 1, config.data.micro_batch_size, config.run.reproducible, "", "")
-    core = assemble.build(config, world, assemble.shape_of(config, VOCAB), arithmetic)
+    core = assemble.build(config, world, assemble.shape_of(config, VOCAB), arithmetic(config, precision, compiled))
     assemble.restore(core, assemble.shape_of(config, VOCAB), config, None)
     return core
+
+
+def arithmetic(config, precision="fp32", compiled=False):
+    """What would be decided at the start."""
+    return Arithmetic(precision, compiled, 1, config.data.micro_batch_size, config.run.reproducible, "", "")
 
 
 def train(config, world, *, precision, synchronous=False, compiled=False):
@@ -69,10 +73,15 @@ def train(config, world, *, precision, synchronous=False, compiled=False):
     core = build(config, world, precision=precision, compiled=compiled)
     for ledger in (core.pipeline.messages.ledger, *core.parts[0].context.ledgers):
         ledger.synchronous = synchronous
+    return course(core, config)
+
+
+def course(core, config, draw=windows):
+    """The configured steps on the sequences that draw(step) gives: (losses, norms, this rank's parameters)."""
     losses, norms = [], []
     size = config.data.micro_batch_size
-    for step in range(STEPS):
-        tokens = windows(step)[:config.data.global_batch_size].reshape(-1, size, LENGTH + 1)[list(core.slots)]
+    for step in range(config.run.steps):
+        tokens = draw(step)[:config.data.global_batch_size].reshape(-1, size, LENGTH + 1)[list(core.slots)]
         mine = core.pipeline.run(Batch(tokens[..., :-1], tokens[..., 1:], None))
         core.update.begin(step)
         core.sync.step(core.update)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mpilm.bench import _contenders, _pipelines, _shardings
+from mpilm.bench import _contenders, _pipelines, _servers, _shardings
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,15 @@ def train(parser: argparse.ArgumentParser) -> None:
 def sharded(parser: argparse.ArgumentParser) -> None:
     """Of `bench/sharded.py`."""
     _contest(parser, _shardings.names(), _shardings.MEASURED, "contenders")
+
+
+def server(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/server.py`."""
+    _contest(parser, _servers.names(), _servers.MEASURED, "contenders")
+    parser.add_argument("--mib", type=_positive, default=64,
+                        help="size of the gradients that a server is timed with (default: %(default)s)")
+    parser.add_argument("--sleep_ms", type=_positive, default=20,
+                        help="what a step takes a worker that sleeps instead of computing (default: %(default)s)")
 
 
 def pipeline(parser: argparse.ArgumentParser) -> None:
@@ -46,4 +55,4 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded}
+OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "server": server}

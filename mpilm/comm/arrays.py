@@ -32,6 +32,11 @@ def chunks(low: int, high: int, length: int) -> Iterator[slice]:
         yield slice(start, min(start + length, high))
 
 
+def messages(array: np.ndarray) -> list[np.ndarray]:
+    """A 1-D array in pieces that may be sent; views."""
+    return [array[part] for part in chunks(0, array.size, MESSAGE_BYTES // array.itemsize)]
+
+
 def code(array: np.ndarray, allowed: Sequence[np.dtype] = DTYPES) -> int:
     """The number of an array's type among those `allowed`, or -1 for what a collective cannot work on in place."""
     fits = isinstance(array, np.ndarray) and array.ndim == 1 and array.flags.c_contiguous and array.flags.writeable

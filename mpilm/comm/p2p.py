@@ -1,4 +1,4 @@
-"""Waiting, and the ledger of messages in flight. Every wait of comm/ is in this file, in `wait`.
+"""Waiting, and the ledger of messages in flight. Every wait of comm/ is in this file, in `until`.
 
 A wait polls: it spins for a moment, because most answers are microseconds away, then sleeps in growing naps, because
 ranks often share their core with computing threads (their own, while the communication thread waits for a slower
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
+T = TypeVar("T")
 SPIN_S = 500e-6  # longer than any message of comm/ takes once both sides are there
 NAP_S = 20e-6
 LONGEST_NAP_S = 500e-6
@@ -28,21 +30,29 @@ TAG_TREE = 102
 TAG_ACROSS = 103
 TAG_KEYS = 104  # of ring attention, and their gradients
 TAG_SUMS = 105
+TAG_PUSH = 106  # gradients, to servers
+TAG_PULL = 107  # parameters, from servers, and what is told with them
 TAG_STAGES = 1024  # and above: two for every cut between pipeline stages
 
 
 def wait(requests: Sequence[MPI.Request]) -> None:
     """Return when all `requests` are complete."""
     pending = list(requests)
-    if MPI.Request.Testall(pending):
-        return
+    until(lambda: MPI.Request.Testall(pending) or None)
+
+
+def until(ready: Callable[[], T | None]) -> T:
+    """What `ready` returns, once it is not None."""
+    if (found := ready()) is not None:
+        return found
     nap, spin_until = NAP_S, time.perf_counter() + SPIN_S
-    while not MPI.Request.Testall(pending):
+    while (found := ready()) is None:
         if time.perf_counter() < spin_until:
             os.sched_yield()  # gives way to whoever shares the core
         else:
             time.sleep(nap)
             nap = min(2 * nap, LONGEST_NAP_S)
+    return found
 
 
 def barrier(comm: MPI.Comm) -> None:

@@ -33,17 +33,20 @@ def check(config: Config, shape: Shape, ranks: int) -> None:
     Raises:
         UserError: Names what was given and what would work.
     """
-    parallel = config.parallel
+    parallel, workers = config.parallel, ranks - num_servers(config)
     schedules.get(parallel.schedule)
+    require_workers(config, ranks)
     given = Axes(parallel.pp, parallel.cp, parallel.tp)
-    if reason := _why_not(config, shape, ranks, given):
-        raise UserError(f"{_options(given)}: {reason} {_remedy(config, shape, ranks, given)}")
+    if reason := _why_not(config, shape, workers, given):
+        raise UserError(f"{_options(given)}: {reason} {_remedy(config, shape, workers, given)}")
     stages(config, shape)
 
 
 def _why_not(config: Config, shape: Shape, ranks: int, axes: Axes) -> str | None:
     """The first reason against a layout."""
     pp, cp, tp = axes
+    if num_servers(config) and prod(axes) > 1:
+        return "--sync.kind parameter_server wants a whole model on each worker."
     if ranks % prod(axes):
         if cp == tp == 1:
             return f"{counted(ranks, 'rank')} can't be divided into pipelines of {pp}."
@@ -88,6 +91,35 @@ def _slots_why_not(config: Config, dp: int) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def require_workers(config: Config, ranks: int) -> None:
+    """Refuse more servers than there is work for.
+
+    Raises:
+        UserError: All ranks would be servers.
+    """
+    servers = num_servers(config)
+    if servers >= ranks:
+        raise UserError(f"--sync.servers {servers}: with {counted(ranks, 'rank')} nobody would be left to train. Start "
+                        f"{servers + 1} ranks or more" + (f", or give {ranks - 1} or fewer." if ranks > 1 else "."))
+
+
+def describe(config: Config, ranks: int) -> dict[str, int]:
+    """How so many ranks are used."""
+    parallel, servers = config.parallel, num_servers(config)
+    split = {"pp": parallel.pp, "cp": parallel.cp, "tp": parallel.tp}
+    return {"dp": (ranks - servers) // prod(split.values()), **split, **({"servers": servers} if servers else {})}
+
+
+def num_servers(config: Config) -> int:
+    """The first ranks, which train nothing."""
+    return config.sync.servers if config.sync.kind == "parameter_server" else 0
+
+
+def staleness(config: Config) -> float:
+    """How many steps replicas may be apart; without servers they never are."""
+    return float(config.sync.staleness) if num_servers(config) else 0.0
 
 
 def slots(config: Config, dp: int, *, reproducible: bool) -> list[range]:

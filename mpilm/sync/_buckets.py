@@ -12,7 +12,7 @@ of everything. A `Shard` is one that is divided over all ranks: of masters and s
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from mpilm import bridge
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK, segments
 from mpilm.flat import Flat
-from mpilm.sync._gradients import Gradients, Whole
+from mpilm.sync._gradients import Gradients, Summed, Whole
 from mpilm.sync._layout import Layout
 from mpilm.sync._slots import Visit
 from mpilm.sync._weights import Weights
@@ -33,45 +33,54 @@ Read = Callable[[str, str, int, int], np.ndarray]
 Run = tuple[str, str, int, np.ndarray]
 
 
-class Bucket:
-    """What both kinds have in common: a segment `own`, which this rank updates.
+class Leaving(Protocol):
+    """A bucket whose gradients leave when they are all there.
+
+    Attributes:
+        flat: Whole, what parameters are views of.
+    """
+
+    layout: Layout
+    flat: torch.Tensor
+    gradients: Gradients
+
+    def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
+        """The gradients of `slot` are all there; returns what is to be done in bucket order, on all ranks alike."""
+
+
+class Segment:
+    """The segment `own` of a bucket, which this rank updates.
 
     Args:
         repeated: Parameters that the norm must not count here, because another rank holds and counts them too.
 
     Attributes:
-        flat: Whole, what parameters are views of.
-        shard: `own` of `flat`; what the update writes the new weights to.
-        masters, states: float32, my segment.
-        squares: float64, one for every BLOCK of my segment's gradients.
+        shard: What the update writes the new weights to.
+        masters, states: float32.
+        squares: float64, one for every BLOCK of the gradients.
+        gradients: What was summed.
     """
 
-    flat: torch.Tensor
     shard: torch.Tensor
     masters: torch.Tensor
     states: Mapping[str, np.ndarray]
     squares: np.ndarray
+    gradients: Summed
 
-    def __init__(self, layout: Layout, own: slice, gradients: Gradients, repeated: Collection[str]) -> None:
-        self.layout, self.own, self.gradients = layout, own, gradients
-        left_out = {block for member, start, stop in layout.members_in(own) if member.name in repeated
-                    for block in range((start - own.start) // BLOCK, -(-(stop - own.start) // BLOCK))}
-        self.counted = [block for block in range((own.stop - own.start) // BLOCK) if block not in left_out]
+    def __init__(self, layout: Layout, own: slice, repeated: Collection[str] = ()) -> None:
+        self.layout, self.own = layout, own
+        self.left_out = {block for member, start, stop in layout.members_in(own) if member.name in repeated
+                         for block in range((start - own.start) // BLOCK, -(-(stop - own.start) // BLOCK))}
 
-    def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
-        """The gradients of `slot` are all there; returns what is to be done in bucket order, on all ranks alike."""
-        pass_on = self.gradients.depart(slot)
+    def square(self, first: int, stop: int) -> None:
+        """Sums of squares of my gradients' blocks first .. stop-1.
 
-        def work() -> None:
-            pass_on()
-            if last:
-                self._square()
-        return work
-
-    def _square(self) -> None:
-        """One call a block: over several blocks at once NumPy may sum each of them in another order."""
+        One call a block: over several blocks at once NumPy may sum each of them in another order.
+        """
         gradients = self.gradients.own.numpy()
-        for block in self.counted:
+        for block in range(first, stop):
+            if block in self.left_out:
+                continue
             values = gradients[block * BLOCK:(block + 1) * BLOCK]
             self.squares[block] = np.einsum("i,i->", values, values)
 
@@ -98,13 +107,34 @@ class Bucket:
                 for name, array in arrays.items() for member, start, stop in self.layout.members_in(self.own)]
 
 
+class Bucket(Segment):
+    """What `Replica` and `Shard` have in common: `shard` is the segment of `flat`, which is whole."""
+
+    flat: torch.Tensor
+    gradients: Gradients
+
+    def __init__(self, layout: Layout, own: slice, gradients: Gradients, repeated: Collection[str]) -> None:
+        super().__init__(layout, own, repeated)
+        self.gradients = gradients
+
+    def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
+        """As Leaving."""
+        pass_on = self.gradients.depart(slot)
+
+        def work() -> None:
+            pass_on()
+            if last:
+                self.square(0, self.squares.size)
+        return work
+
+
 class Replica(Bucket):
     """A bucket among `owners`. Collective over the collective's communicator."""
 
     def __init__(self, layout: Layout, collective: Any, owners: Node, *, states: Sequence[str],
                  dtype: torch.dtype, visits: Sequence[Visit], repeated: Collection[str]) -> None:
         count, own = layout.count, segments(layout.count, owners.comm.size)[owners.comm.rank]
-        super().__init__(layout, own, Whole(layout, collective, collective.reduce, own, visits), repeated)
+        super().__init__(layout, own, Whole(layout, collective.allocate, collective.reduce, own, visits), repeated)
         self.common = {name: owners.allocate_common(count, np.float32) for name in (MASTERS, *states)}
         whole = torch.from_numpy(self.common[MASTERS])
         self.flat = whole if dtype == torch.float32 else bridge.tensor(

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mpilm.comm import arrays
@@ -27,11 +28,12 @@ from mpilm.comm.worker import Inline, Worker
 from mpilm.sync._layout import Layout, Member
 from mpilm.sync._slots import Visit
 
+Allocate = Callable[[int, npt.DTypeLike], np.ndarray]
 Reduce = Callable[[np.ndarray], None]
 
 
-class Gradients(Protocol):
-    """What a bucket asks of its gradients.
+class Summed(Protocol):
+    """What an update asks of gradients.
 
     Attributes:
         own: float32, my segment of the sum over all slots of all ranks, once everything has departed and arrived.
@@ -40,6 +42,10 @@ class Gradients(Protocol):
 
     own: torch.Tensor
     nbytes: int
+
+
+class Gradients(Summed, Protocol):
+    """What a bucket asks of its gradients besides."""
 
     def visit(self, member: Member, slot: int, gradient: torch.Tensor | None) -> None:
         """Take in one parameter's gradient of my slot number `slot`; None means zero."""
@@ -55,11 +61,12 @@ class Whole:
     """Gradients at full length.
 
     Args:
+        allocate: The collective's.
         reduce: The collective's way to sum so that segment `own` is right.
     """
 
-    def __init__(self, layout: Layout, collective: Any, reduce: Reduce, own: slice, visits: Sequence[Visit]) -> None:
-        self.reduced, self._reduce, self.visits = collective.allocate(layout.count, np.float32), reduce, visits
+    def __init__(self, layout: Layout, allocate: Allocate, reduce: Reduce, own: slice, visits: Sequence[Visit]) -> None:
+        self.reduced, self._reduce, self.visits = allocate(layout.count, np.float32), reduce, visits
         partial = [np.zeros(layout.count, np.float32) for _ in range(_buffers(visits) - 1)]
         self.buffers = [torch.from_numpy(buffer) for buffer in [self.reduced, *partial]]
         self.own = self.buffers[0][own]

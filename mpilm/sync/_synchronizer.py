@@ -28,10 +28,11 @@ from torch import Tensor
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import Update
-from mpilm.sync._buckets import Bucket, Read, Run
+from mpilm.sync._buckets import Bucket, Leaving, Read, Run
 from mpilm.sync._departures import Departures
 
-AnyBucket = TypeVar("AnyBucket", bound=Bucket)
+AnyBucket = TypeVar("AnyBucket", bound=Leaving)
+SummedBucket = TypeVar("SummedBucket", bound=Bucket)
 
 
 class Synchronizer(ABC, Generic[AnyBucket]):
@@ -40,21 +41,20 @@ class Synchronizer(ABC, Generic[AnyBucket]):
     Args:
         parameters: Name -> leaf parameter; they become views of the buckets' flat memory.
         buckets: Which hold them all, in the order in which they leave.
-        stages: The communicator over ranks that hold the other parameters of the same model.
         num_slots: Micro-batches of this rank in a step.
         every_slot: Buckets leave after every slot, not only after the last.
 
     Attributes:
         OPTIONS: What of the section `sync` of the configuration the constructor takes, besides what all of them take.
 
-    Collective over the replicas of the parameters and over `stages`, like every method.
+    Collective over the replicas of the parameters, like every method.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], buckets: Sequence[AnyBucket], stages: MPI.Comm,
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], buckets: Sequence[AnyBucket],
                  worker: Worker | Inline, *, num_slots: int, every_slot: bool = False) -> None:
-        self.worker, self.stages, self.buckets = worker, stages, list(buckets)
+        self.worker, self.buckets = worker, list(buckets)
         self.last_slot, self.every_slot = num_slots - 1, every_slot
         self.places = {member.name: (index, member) for index, bucket in enumerate(self.buckets)
                        for member in bucket.layout.members}
@@ -62,7 +62,6 @@ class Synchronizer(ABC, Generic[AnyBucket]):
         self.slot = 0
         self.departures = self._all_departures(self.places)
         self.unfinished: dict[int, Departures] = {}     # of slots whose backward pass has been done in part
-        self.counts: list[int] = stages.allgather(sum(bucket.layout.count for bucket in self.buckets))
         self.grad_norm = math.nan
         self.seconds = {"comm_s": 0.0, "optim_s": 0.0}
         self._adopt(parameters)
@@ -116,8 +115,56 @@ class Synchronizer(ABC, Generic[AnyBucket]):
         work = bucket.depart(self.slot, last=self.slot == self.last_slot)
         bucket.gradients.departed(self.slot, self.worker.submit(work))
 
+    @abstractmethod
     def step(self, update: Update) -> None:
         """Agree on the gradients and update; a NaN or infinite norm leaves everything as it was, on all ranks."""
+
+    def done(self, step: int) -> float:
+        """Steps of the whole batch that all replicas together have done when this one has done `step`."""
+        return step
+
+    def told(self) -> dict[str, Any]:
+        """What there is to say in the metrics besides."""
+        return {}
+
+    @abstractmethod
+    def load(self, read: Read) -> None:
+        """Set parameters and optimizer state from `read(state, parameter, first, count)`."""
+
+    @abstractmethod
+    def runs(self, part: int, parts: int) -> list[Run]:
+        """Share number `part` of everything a resume needs; the `parts` shares cover it exactly once.
+
+        The shares are those of the replicas: `part` is this rank's number among them.
+        """
+
+    @abstractmethod
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds: "weights", "masters" (beside them), "optimizer", "gradients". What ranks have in
+        common counts in equal parts to each."""
+
+    def free(self) -> None:
+        """Give back communicators of its own, if it has any. Collective over the collective's communicator."""
+
+
+class Summing(Synchronizer[SummedBucket]):
+    """Sums gradients over ranks, and updates its own segment of every bucket.
+
+    Args:
+        parameters, buckets, worker, num_slots, every_slot: As Synchronizer.
+        stages: The communicator over ranks that hold the other parameters of the same model.
+
+    Collective over the replicas of the parameters and over `stages`, like every method.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], buckets: Sequence[SummedBucket], stages: MPI.Comm,
+                 worker: Worker | Inline, *, num_slots: int, every_slot: bool = False) -> None:
+        super().__init__(parameters, buckets, worker, num_slots=num_slots, every_slot=every_slot)
+        self.stages = stages
+        self.counts: list[int] = stages.allgather(sum(bucket.layout.count for bucket in self.buckets))
+
+    def step(self, update: Update) -> None:
+        """As Synchronizer."""
         started = time.perf_counter()
         self.worker.wait()
         self.grad_norm = math.sqrt(math.fsum(self._all_blocks()))
@@ -145,28 +192,9 @@ class Synchronizer(ABC, Generic[AnyBucket]):
     def _blocks(self) -> np.ndarray:
         """The sums of squares of all blocks of all buckets, from all ranks that hold them; float64."""
 
-    def _updated(self, bucket: AnyBucket) -> None:
+    def _updated(self, bucket: SummedBucket) -> None:
         """My segment of `bucket` is new."""
 
     @abstractmethod
     def _agree(self) -> None:
         """Return when the new parameters are everywhere."""
-
-    @abstractmethod
-    def load(self, read: Read) -> None:
-        """Set parameters and optimizer state from `read(state, parameter, first, count)`."""
-
-    @abstractmethod
-    def runs(self, part: int, parts: int) -> list[Run]:
-        """Share number `part` of everything a resume needs; the `parts` shares cover it exactly once.
-
-        The shares are those of the replicas: `part` is this rank's number among them.
-        """
-
-    @abstractmethod
-    def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds: "weights", "masters" (beside them), "optimizer", "gradients". What ranks have in
-        common counts in equal parts to each."""
-
-    def free(self) -> None:
-        """Give back communicators of its own, if it has any. Collective over the collective's communicator."""

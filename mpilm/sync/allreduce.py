@@ -19,12 +19,12 @@ from mpilm.comm.worker import Inline, Worker
 from mpilm.sync._buckets import MASTERS, Read, Replica, Run
 from mpilm.sync._layout import Parameter, lay_out
 from mpilm.sync._slots import running_visits, tree_visits
-from mpilm.sync._synchronizer import Synchronizer
+from mpilm.sync._synchronizer import Summing
 
 FLOAT_BYTES = 4
 
 
-class Allreduce(Synchronizer[Replica]):
+class Allreduce(Summing[Replica]):
     """Takes over the memory of `parameters` and keeps it in agreement over all ranks.
 
     Args:

@@ -36,7 +36,7 @@ from mpilm.sync._gradients import Gradients, Passing, Room, Whole
 from mpilm.sync._layout import Layout, Parameter, lay_out, lay_out_modules
 from mpilm.sync._presence import Presence
 from mpilm.sync._slots import running_visits, tree_visits
-from mpilm.sync._synchronizer import Synchronizer
+from mpilm.sync._synchronizer import Summing
 from mpilm.sync._weights import Gathered, Kept, Tally, Weights
 
 FLOAT_BYTES = 4
@@ -44,7 +44,7 @@ MIB = 2**20
 NUM_ROOMS = 2
 
 
-class Sharded(Synchronizer[Shard]):
+class Sharded(Summing[Shard]):
     """Takes over the memory of `parameters` and keeps it in agreement over all ranks.
 
     Args:
@@ -89,7 +89,7 @@ class Sharded(Synchronizer[Shard]):
         comm = self.collective.comm
         own = segments(layout.count, comm.size)[comm.rank]
         gradients: Gradients = (
-            Whole(layout, self.collective, self.collective.reduce_scatter, own, self.visits) if self.level == 1
+            Whole(layout, self.collective.allocate, self.collective.reduce_scatter, own, self.visits) if self.level == 1
             else Passing(layout, self.collective, own, self.visits, self.rooms[number % NUM_ROOMS]))
         gathers = self.level == 3 and self.collective.owners.size < comm.size
         weights: Weights = (

@@ -1,0 +1,68 @@
+"""The loop of a rank that serves: an update, then what happens between updates; the trainer's counterpart.
+
+    worker    batch -> pipeline -> push, pull                       trainer.py
+    server    gradients -> update -> send -> save if it is time     this file
+
+Servers hold the truth, so they alone save. They do so at steps at which all workers wait for each other: there is one
+set of parameters then, whatever the staleness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mpilm.config import Config
+from mpilm.log import say
+from mpilm.optim import Update
+from mpilm.saver import Saver
+from mpilm.state import TrainState
+from mpilm.sync._server import Server
+from mpilm.trainer import heed_skips
+
+
+def meets(config: Config, step: int) -> bool:
+    """Whether all workers wait for each other after `step`, because something is done with one set of parameters."""
+    return any(every and step % every == 0 for every in (config.log.validate_every, config.checkpoint.every))
+
+
+@dataclass
+class Serving:
+    """The assembled program of a rank that serves (see assemble.py). Collective over all that do, like every method.
+
+    Attributes:
+        validation, speeds: None and nothing: those are the workers'.
+    """
+
+    config: Config
+    state: TrainState
+    server: Server
+    update: Update
+    saver: Saver
+    validation: None = None
+    speeds: list[float] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Serve until all workers have done `run.steps` steps."""
+        while not self.server.clocks.over:
+            self.step()
+        self.server.finish()
+        self.saver.wait()
+        self._tell()
+
+    def step(self) -> None:
+        """One update, of the gradients of one worker or of all."""
+        self.server.serve(self.update)
+        clocks = self.server.clocks
+        self.state.step = clocks.slowest
+        self.state.applied, self.state.skipped = self.update.applied, self.update.skipped
+        heed_skips(self.config, max(clocks.done), self.update, self.server.grad_norm)
+        if clocks.met:
+            self.saver.after_step(self.state, last=clocks.over)
+        else:
+            self.saver.poll()
+
+    def _tell(self) -> None:
+        staleness = self.server.staleness
+        if staleness.most:
+            counts = ", ".join(f"{count:,} x {name}" for name, count in staleness.histogram().items())
+            say(f"staleness of gradients: mean {staleness.mean:.2f}, max {staleness.most} ({counts})")
