@@ -39,6 +39,7 @@ class Softmax(softmax.Softmax):
         gradient[mine, hits[mine]] = (torch.expm1(-surprises[mine]) / number).to(gradient.dtype)
         return surprises, gradient
 
+    @torch.no_grad()    # though its caller may record a graph, to run the very code that training compiled
     def surprise(self, logits: Tensor, goals: Tensor) -> Tensor:
         """As softmax.Softmax."""
         over, hit = self._everywhere(logits, *self._hits(goals))
