@@ -39,8 +39,8 @@ def divisible(collective="auto", **options):
 def apart(found, expected):
     """Largest relative difference: of losses and norms each, of a parameter relative to its largest value."""
     numbers = [abs(a / b - 1) for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True)]
-    return max(*numbers, *((value - expected[2][name]).abs().max().item() / expected[2][name].abs().max().item()
-                           for name, value in found[2].items()))
+    return max([*numbers, *((value - expected[2][name]).abs().max().item() / expected[2][name].abs().max().item()
+                            for name, value in found[2].items())])
 
 
 def same(one, other):

@@ -164,7 +164,8 @@ def test_no_rank_ever_has_all_logits(comm, monkeypatch):
     """Of a token: those of its own words only; of the others two numbers."""
     seen, sums = [], vocabulary.sums
     monkeypatch.setattr(vocabulary, "sums", lambda logits: seen.append(logits.shape) or sums(logits))
-    shape = Shape(layers=1, width=8 * comm.size, heads=comm.size, vocab_size=30 * comm.size)
+    shape = Shape(layers=1, width=8 * comm.size, heads=comm.size, hidden=16 * comm.size,
+                  vocab_size=30 * comm.size)
     through = exchange.build("shared", comm, rows=4 * comm.size, width=shape.width, dtype=torch.float32)
     inputs, targets = texts(shape, 1, 4 * comm.size)
     made = model(shape, torch.float32, Team(through))
@@ -175,7 +176,8 @@ def test_no_rank_ever_has_all_logits(comm, monkeypatch):
 
 def test_the_bits_are_the_same_every_time(comm):
     """Whoever arrives first."""
-    shape = Shape(layers=2, width=24 * comm.size, heads=2 * comm.size, vocab_size=25 * comm.size)
+    shape = Shape(layers=2, width=24 * comm.size, heads=2 * comm.size, hidden=32 * comm.size,
+                  vocab_size=25 * comm.size)
     gradients = []
     for _ in range(2):
         through = exchange.build("shared", comm, rows=16 * comm.size, width=shape.width, dtype=torch.bfloat16)
