@@ -8,8 +8,9 @@ import pytest
 
 from mpilm.bench import _memory
 from mpilm.bench._contenders import CASES
+from mpilm.bench._contest import on_root_quietly, shared_cores
 from mpilm.bench._rounds import Plan, Results, reference
-from mpilm.bench.train import on_root_quietly, shared_cores, table
+from mpilm.bench.train import table
 from mpilm.failure import RankError
 from mpilm.log import UserError
 
