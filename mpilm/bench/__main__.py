@@ -1,4 +1,4 @@
-"""Run a benchmark: mpirun -np 2 python -m mpilm.bench allreduce|train|pipeline|sharded|data|checkpoint [--json]."""
+"""Run a benchmark: mpirun -np 2 python -m mpilm.bench NAME [--json]."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mpilm.bench import _contenders, _pipelines, _shardings
+from mpilm.bench import _contenders, _pipelines, _shardings, _tensors
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,11 @@ def pipeline(parser: argparse.ArgumentParser) -> None:
                         help="also play schedules on so many stages whose passes sleep; 0: none (default: %(default)s)")
 
 
+def tensor(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/tensor.py`."""
+    _contest(parser, _tensors.names(), _tensors.MEASURED, "contenders")
+
+
 def _contest(parser: argparse.ArgumentParser, names: Sequence[str], measured: Sequence[str], noun: str) -> None:
     """The options of every benchmark in which contenders take turns."""
     parser.add_argument("--case", default=",".join(_contenders.MEASURED), metavar="CASE,...",
@@ -46,4 +51,4 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded}
+OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "tensor": tensor}
