@@ -76,7 +76,7 @@ def test_the_cores_of_all_ranks_together(comm):
 
 
 def test_peak_memory_is_seen_though_it_is_gone_later():
-    with _memory.peak_pss([os.getpid()]) as peaks:
+    with _memory.peak([os.getpid()]) as peaks:
         before = _memory.pss(os.getpid())
         for _ in range(20):
             np.ones(64 * MIB, np.uint8).sum()
