@@ -77,8 +77,15 @@ def kept(shape: Shape, units: range, work: Work) -> int:
 def block(shape: Shape, work: Work) -> int:
     """What one block keeps."""
     n, a = work.tokens, work.element
-    split = 3 * n * (shape.width + shape.hidden) + 2 * n * shape.kv_width
+    split = 3 * n * (shape.width + shape.hidden) + n * (2 * shape.kv_width + _as_made(shape, work))
     return 2 * n * shape.width * a + (split * a + _weights(shape, work)) // work.tp + 2 * _norm(shape, work)
+
+
+def _as_made(shape: Shape, work: Work) -> int:
+    """Elements a token, where values are a part of what the first matrix made: then queries and keys stay there too.
+    """
+    whole = work.cp == 1 and not work.compiled and work.sequences == 1
+    return shape.width + shape.kv_width if whole else 0
 
 
 def _norm(shape: Shape, work: Work) -> int:

@@ -107,6 +107,11 @@ def parameters(shape: Shape, units: Units, tp: int = 1) -> dict[str, int]:
             for name, dimensions in shape.parameters().items() if _unit(name, shape) in mine}
 
 
+def largest_tensor(shape: Shape, units: Units) -> int:
+    """Elements, at full size, of the largest tensor that a rank with these units has something of."""
+    return max(prod(dimensions) for name in parameters(shape, units) for dimensions in shape.parts(name).values())
+
+
 def _unit(name: str, shape: Shape) -> int:
     first, _, rest = name.partition(".")
     return {"embed_tokens": 0, "layers": 1 + int(rest.partition(".")[0] if first == "layers" else 0)}.get(
