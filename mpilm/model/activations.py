@@ -77,7 +77,8 @@ def kept(shape: Shape, units: range, work: Work) -> int:
 def block(shape: Shape, work: Work) -> int:
     """What one block keeps."""
     n, a = work.tokens, work.element
-    split = 3 * n * (shape.width + shape.hidden) + n * (2 * shape.kv_width + _as_made(shape, work))
+    queries = (3 if work.cp == 1 else 2) * shape.width      # o_proj takes the values as a ring has made them
+    split = n * (queries + 2 * shape.kv_width + 3 * shape.hidden + _as_made(shape, work))
     return 2 * n * shape.width * a + (split * a + _weights(shape, work)) // work.tp + 2 * _norm(shape, work)
 
 

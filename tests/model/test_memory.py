@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,37 +13,9 @@ from mpilm.model.gpt import GPT
 from mpilm.model.memory import Division
 from mpilm.model.shape import Shape
 from mpilm.sync import _gradients, _slots, sharded
+from tests.memory_cases import SHAPE, kept, part_of
 
 pytestmark = pytest.mark.serial
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
-SHAPE = Shape(layers=2, width=64, heads=4, kv_heads=2, hidden=192, vocab_size=96)
-
-
-def kept(part, work):
-    """Bytes of what torch keeps for the backward pass through `part`, weights and positions left out."""
-    tokens = torch.zeros(work.sequences, work.length, dtype=torch.int64)
-    hidden = None if part.first else torch.randn(*tokens.shape, part.shape.width, dtype=DTYPES[work.element])
-    places = part.places(tokens, None)
-    known = {tensor.untyped_storage().data_ptr()
-             for tensor in (*part.parameters(), tokens, places.rotary, *places.masks)}
-    found = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage       # held, so that its place is not another's
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        part(tokens, tokens if part.last else None, None, None if hidden is None else hidden.requires_grad_())
-    return sum(storage.nbytes() for storage in found.values())
-
-
-def part_of(units, work, shape=SHAPE):
-    part = GPT(shape, units)
-    part.initialize(seed=1)
-    return part.to(DTYPES[work.element])
-
 
 @pytest.mark.parametrize("element", [2, 4])
 @pytest.mark.parametrize(("sequences", "length"), [(3, 40), (2, 256), (1, 512)])
