@@ -49,7 +49,7 @@ lint: $(VENV)/.ready-test
 	@$(ACTIVATE) && ruff check . && mypy && shellcheck .ci/run jobs/*.slurm
 
 bench: $(VENV)/.ready-test
-	@$(ACTIVATE) && for name in allreduce train pipeline sharded server slow quality compress data checkpoint; do \
+	@$(ACTIVATE) && for name in allreduce train pipeline tensor sharded memory server slow quality compress data checkpoint; do \
 		mpirun -np $(NP) python -m mpilm.bench $$name $(ARGS) || exit; done
 
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt

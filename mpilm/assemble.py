@@ -26,18 +26,21 @@ from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
-from mpilm.launch import World, on_root
+from mpilm.launch import World, agree, on_root
 from mpilm.log import UserError, warn
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
 from mpilm.model.context import WHOLE, Whole
 from mpilm.model.gpt import GPT
 from mpilm.model.shape import Shape
+from mpilm.model.slices import Slices
+from mpilm.model.split import ALONE, Alone
 from mpilm.optim import Update
-from mpilm.parallel import layout, schedules
+from mpilm.parallel import exchange, layout, schedules
 from mpilm.parallel.context import Ring
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
+from mpilm.parallel.tensor import Team
 from mpilm.saver import Elsewhere, Holder, Saver
 from mpilm.server import Serving, meets
 from mpilm.state import Read, TrainState, start, values
@@ -67,6 +70,10 @@ class Core:
         """Name -> parameter of all parts."""
         return named(self.parts)
 
+    def slices(self, shape: Shape) -> Slices:
+        """What of the model's tensors this rank's parameters hold."""
+        return Slices(shape, self.mesh.tp.rank, self.mesh.tp.size)
+
 
 def program(config: Config, world: World) -> Trainer | Serving:
     """The whole program, at the step where it goes on: a trainer, or what a server does. Collective over `world.comm`.
@@ -90,8 +97,8 @@ def program(config: Config, world: World) -> Trainer | Serving:
     roles = assign(config, world)
     if roles.serving:
         state = start(reader)
-        server, update = serve(config, shape, decision, roles, state, values(shape, config.run.seed, reader))
-        saver = _saver(config, world, roles.side, server, roles.side, shape, about, reader=reader)
+        server, update = serve(config, shape, decision, roles, state, values(Slices(shape), config.run.seed, reader))
+        saver = _saver(config, world, roles.side, server, roles.side, Slices(shape), about, reader=reader)
         return Serving(config, state, server, update, saver)
     core = build(config, world, shape, decision, roles)
     state = restore(core, shape, config, reader)
@@ -102,7 +109,7 @@ def program(config: Config, world: World) -> Trainer | Serving:
         validation=_validation(config, core),
         metrics=_metrics(config, core.mesh.comm, state),
         saver=Elsewhere() if roles.servers else _saver(
-            config, world, roles.side, core.sync, core.mesh.replicas, shape, about, reader=reader),
+            config, world, roles.side, core.sync, core.mesh.replicas, core.slices(shape), about, reader=reader),
         flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)
 
 
@@ -174,8 +181,9 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     together = mesh.replicas
     if layout.staleness(config):    # a step is this replica's own
         runs, together = [slots], MPI.COMM_SELF
-    context = _context(mesh)
-    parts = [GPT(shape, units, context) for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
+    context, split = _context(mesh), _split(config, world, mesh, shape, decision)
+    parts = [GPT(shape, units, context, split)
+             for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype,
                                roles=roles)
@@ -195,15 +203,32 @@ def _context(mesh: Mesh) -> Whole:
     return Ring(mesh.cp) if mesh.cp.size > 1 else WHOLE
 
 
+def _split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arithmetic) -> Alone:
+    """Whom this rank shares its layers with. Collective over the mesh."""
+    if mesh.tp.size == 1:
+        return ALONE
+    rows = config.data.micro_batch_size * config.data.sequence_length // mesh.cp.size
+    built, problem = [], None
+    try:
+        built.append(exchange.build(config.sync.collective, mesh.tp, rows=rows, width=shape.width,
+                                    dtype=decision.dtype, reproducible=decision.reproducible))
+    except UserError as error:
+        problem = error
+    agree(mesh.comm, problem)       # teams may be on different nodes
+    return Team(world.owns(built[0]))
+
+
 def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
                 num_slots: int, dtype: torch.dtype, roles: Roles | None = None) -> Synchronizer[Any]:
     """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
     kind = sync.get(config.sync.kind)
+    matrices = _matrices(parameters)
+    repeated = set(parameters) - matrices if mesh.tp.rank else set()    # vectors are whole on every rank of a team
     by = roles if roles and roles.servers else _collective(config, world, mesh, parameters.values())
     synchronizer: Synchronizer[Any] = kind(
-        parameters, _matrices(parameters), by, mesh.parts, _worker(world, mesh), update=update,
+        parameters, matrices, by, mesh.parts, _worker(world, mesh), update=update,
         compress=compressed(config.sync, update), num_slots=num_slots, dtype=dtype, bucket_mib=config.sync.bucket_mib,
-        reproducible=config.run.reproducible, **menu.options(kind, config.sync))
+        reproducible=config.run.reproducible, repeated=repeated, **menu.options(kind, config.sync))
     return world.owns(synchronizer)
 
 
@@ -227,7 +252,7 @@ def _collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[t
 def _worker(world: World, mesh: Mesh) -> Worker | Inline:
     """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it, and
     from both at once where the backward pass sends messages too."""
-    level = "MULTIPLE" if mesh.pp.size * mesh.cp.size > 1 else "SERIALIZED"
+    level = "MULTIPLE" if mesh.pp.size * mesh.cp.size * mesh.tp.size > 1 else "SERIALIZED"
     if world.thread_level >= getattr(MPI, f"THREAD_{level}"):
         return Worker("communication")
     warn(f"this MPI runs without MPI_THREAD_{level}: gradients are summed after the backward pass, not during it.")
@@ -236,7 +261,7 @@ def _worker(world: World, mesh: Mesh) -> Worker | Inline:
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:
     """Give parameters and optimizer their values: initial ones, or a checkpoint's. Collective over the workers."""
-    core.sync.load(values(shape, config.run.seed, reader))
+    core.sync.load(values(core.slices(shape), config.run.seed, reader))
     state = start(reader)
     core.update.applied, core.update.skipped = state.applied, state.skipped
     return state
@@ -276,12 +301,12 @@ def _metrics(config: Config, comm: MPI.Comm, state: TrainState) -> Metrics:
     return metrics
 
 
-def _saver(config: Config, world: World, everyone: MPI.Comm, holds: Holder, sharing: MPI.Comm, shape: Shape,
+def _saver(config: Config, world: World, everyone: MPI.Comm, holds: Holder, sharing: MPI.Comm, slices: Slices,
            about: dict[str, Any], *, reader: Reader | None) -> Saver:
     """Of `everyone` who has something to save, those of `sharing` have the same tensors."""
     writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint", everyone),
                     keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    return Saver(writer, holds, shape, sharing, config.checkpoint, about=about, reader=reader)
+    return Saver(writer, holds, slices, sharing, config.checkpoint, about=about, reader=reader)
 
 
 def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:

@@ -124,7 +124,7 @@ class Parallel:
     Args:
         pp: Ranks of a pipeline; each holds some of the layers.
         cp: Ranks that share every sequence, which so can be longer: each has some of its tokens.
-        tp: Ranks that share every layer.
+        tp: Ranks that share every layer: each has some of its heads, hidden elements and words.
         schedule: Order of a pipeline's work: gpipe, 1f1b, interleaved, or zb (zero bubble).
         chunks: Parts of the model that a rank holds in the interleaved schedule.
         split: Blocks of every part, in order, such as 4,4,3; empty: by what they cost.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from mpilm.checkpoint import Piece, Reader, Saved, Writer
 from mpilm.config import Checkpoint
-from mpilm.model.shape import Shape
+from mpilm.model.slices import Slices
 from mpilm.state import TrainState, describe, pieces
 from mpilm.sync._buckets import Run
 
@@ -24,7 +24,8 @@ class Saver:
 
     Args:
         holds: What this rank has to save.
-        comm: The ranks that hold the same tensors, and share the work of writing them.
+        slices: What of the model's tensors it holds.
+        comm: The ranks that hold the same of them, and share the work of writing it.
         about: What the manifest says about the run besides its state.
         reader: The checkpoint that the run was resumed from, or None.
 
@@ -32,9 +33,9 @@ class Saver:
         path: The newest complete checkpoint of this run, or None.
     """
 
-    def __init__(self, writer: Writer, holds: Holder, shape: Shape, comm: Any, config: Checkpoint, *,
+    def __init__(self, writer: Writer, holds: Holder, slices: Slices, comm: Any, config: Checkpoint, *,
                  about: dict[str, Any], reader: Reader | None) -> None:
-        self.writer, self.holds, self.shape, self.comm, self.config = writer, holds, shape, comm, config
+        self.writer, self.holds, self.slices, self.comm, self.config = writer, holds, slices, comm, config
         self.about, self.saved = about, reader.step if reader else -1
         self.path: Path | None = reader.path if reader else None
         writer.reserve(self._pieces())
@@ -52,7 +53,7 @@ class Saver:
         self._note(self.writer.poll())
 
     def _pieces(self) -> list[Piece]:
-        return list(pieces(self.shape, self.holds.runs(self.comm.rank, self.comm.size)))
+        return list(pieces(self.slices, self.holds.runs(self.comm.rank, self.comm.size)))
 
     def wait(self) -> None:
         """Return when everything saved is complete on disk."""

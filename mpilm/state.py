@@ -1,15 +1,14 @@
 """What a resume needs, between a synchronizer's flat memory and a checkpoint's logical tensors.
 
 A parameter of the program may hold several tensors of the world (queries, keys and values are one
-matrix; see model/shape.py). Tensors are runs of a parameter's rows, so a run of flat memory is a
-few runs of tensors, and the other way round; nothing here depends on the layout.
+matrix; see model/shape.py), and of each only what is this rank's (model/slices.py). So a run of flat
+memory is a few runs of tensors, or of columns of them; what is written does not depend on the layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from mpilm.checkpoint import Piece, Reader
 from mpilm.log import say
 from mpilm.model import init
-from mpilm.model.shape import Shape
+from mpilm.model.slices import Slices
 
 MODEL = "model"
 Read = Callable[[str, str, int, int], np.ndarray]
@@ -32,14 +31,16 @@ class TrainState:
     skipped: int = 0
 
 
-def pieces(shape: Shape, runs: Iterable[tuple[str, str, int, np.ndarray]]) -> Iterator[Piece]:
-    """The tensors' pieces that runs (state, parameter, first element, values) of flat memory hold; views."""
+def pieces(slices: Slices, runs: Iterable[tuple[str, str, int, np.ndarray]]) -> Iterator[Piece]:
+    """The tensors' pieces that runs (state, parameter, first element, values) of flat memory hold; views. Of what all
+    ranks hold, one of them has the pieces."""
     for state, parameter, first, values in runs:
-        for tensor, dimensions, start, offset, count in _tensors_in(shape, parameter, first, values.size):
-            yield Piece(f"{state}.{tensor}", dimensions, start, values[offset:offset + count])
+        for offset, part in slices.runs(parameter, first, values.size) if slices.writes(parameter) else ():
+            yield Piece(f"{state}.{part.tensor}", part.shape, part.start, values[offset:offset + part.count],
+                        part.columns)
 
 
-def from_checkpoint(shape: Shape, reader: Reader) -> Read:
+def from_checkpoint(slices: Slices, reader: Reader) -> Read:
     """Reads runs of parameters and optimizer state from a checkpoint.
 
     A state that it has nothing of, because what wrote it had no use for it, is zero as at the beginning of a run.
@@ -49,32 +50,21 @@ def from_checkpoint(shape: Shape, reader: Reader) -> Read:
     def read(state: str, parameter: str, first: int, count: int) -> np.ndarray:
         if state not in there:
             return np.zeros(count, np.float32)
-        return np.concatenate([reader.read(f"{state}.{tensor}", start, number)
-                               for tensor, _, start, _, number in _tensors_in(shape, parameter, first, count)])
+        return np.concatenate([reader.read(f"{state}.{part.tensor}", part.start, part.count, part.columns)
+                               for _, part in slices.runs(parameter, first, count)])
     return read
 
 
-def initial(shape: Shape, seed: int) -> Read:
+def initial(slices: Slices, seed: int) -> Read:
     """Draws initial weights by tensor name; optimizer state is zero."""
+    layers = slices.shape.layers
+
     def read(state: str, parameter: str, first: int, count: int) -> np.ndarray:
         if state != MODEL:
             return np.zeros(count, np.float32)
-        tensors = [init.draw(name, dimensions, seed=seed, layers=shape.layers)
-                   for name, dimensions in shape.parts(parameter).items()]
-        return np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors])[first:first + count]
+        return np.concatenate([part.cut(init.draw(part.tensor, part.shape, seed=seed, layers=layers).numpy())
+                               for _, part in slices.runs(parameter, first, count)])
     return read
-
-
-def _tensors_in(shape: Shape, parameter: str, first: int,
-                count: int) -> Iterator[tuple[str, tuple[int, ...], int, int, int]]:
-    """(tensor, its shape, first element in it, offset in the run, elements) of a run of a parameter."""
-    begin = 0
-    for tensor, dimensions in shape.parts(parameter).items():
-        end = begin + prod(dimensions)
-        low, high = max(first, begin), min(first + count, end)
-        if low < high:
-            yield tensor, dimensions, low - begin, low - first, high - low
-        begin = end
 
 
 def describe(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
@@ -82,9 +72,9 @@ def describe(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
     return {**about, "state": vars(state).copy()}
 
 
-def values(shape: Shape, seed: int, reader: Reader | None) -> Read:
+def values(slices: Slices, seed: int, reader: Reader | None) -> Read:
     """Where parameters and optimizer state come from."""
-    return initial(shape, seed) if reader is None else from_checkpoint(shape, reader)
+    return initial(slices, seed) if reader is None else from_checkpoint(slices, reader)
 
 
 def start(reader: Reader | None) -> TrainState:

@@ -17,6 +17,7 @@ from mpilm.comm.roles import Roles
 from mpilm.comm.worker import Worker
 from mpilm.config import Optim
 from mpilm.launch import session
+from mpilm.model.slices import Slices
 from mpilm.optim import Sgd
 from mpilm.state import TrainState, values
 from mpilm.sync._clocks import Clocks
@@ -40,7 +41,7 @@ def everyone(config, *, precision="fp32"):
         shape, decided = assemble.shape_of(config, VOCAB), arithmetic(config, precision)
         roles = assemble.assign(config, world)
         if roles.serving:
-            read = values(shape, config.run.seed, None)
+            read = values(Slices(shape), config.run.seed, None)
             yield *assemble.serve(config, shape, decided, roles, TrainState(), read), None
         else:
             core = assemble.build(config, world, shape, decided, roles)

@@ -2,12 +2,14 @@
 
     mpirun -np 8 python -m pytest tests/test_contract.py
 
-Replicas, pipelines under any schedule and divided memory: the same bits. What fits is what layout.check lets through.
+Replicas, pipelines under any schedule and divided memory: the same bits. Ranks that share sequences or layers: the same
+within rounding. What fits is what layout.check lets through.
 """
 
 from __future__ import annotations
 
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ from mpilm import assemble
 from mpilm.log import UserError
 from mpilm.parallel import layout, schedules
 from tests.helpers import everywhere
-from tests.training_cases import VOCAB, alone, configuration, parallel
+from tests.training_cases import DIVISIBLE, VOCAB, alone, apart, configuration, divisible, parallel
 
 LAYERS = 6      # and embedding and head: eight stages
+LARGEST = 1e-5  # relative difference in float32
 WAYS = {"allreduce": {"kind": "allreduce"}, **{f"level {level}": {"kind": "sharded", "level": level}
                                                for level in (1, 2, 3)}}
 
@@ -31,6 +34,16 @@ def options(ranks, schedule):
         collective = "tree" if ranks // pp in (1, 2, 4, 8) else "shared"
         found = {"collective": collective, "layers": LAYERS, "pp": pp, "schedule": schedule, "chunks": chunks}
         if (pp > 1 or schedule == "1f1b") and fits(found, ranks):
+            yield found
+
+
+def sharing(ranks, schedule):
+    """Those in which ranks share sequences or layers, of a model of four stages."""
+    for pp, cp, tp in product((1, 2, 3, 4, 8), repeat=3):
+        chunks = 4 // pp if schedule == "interleaved" else 1
+        found = {"collective": "shared", "pp": pp, "cp": cp, "tp": tp, "schedule": schedule, "chunks": chunks}
+        if cp * tp > 1 and (pp > 1 or schedule == "1f1b") and ranks % prod((pp, cp, tp)) == 0 \
+                and fits(found | {"model": DIVISIBLE}, ranks):
             yield found
 
 
@@ -59,3 +72,19 @@ def test_every_layout_has_the_bits_of_one_rank(schedule, way, expected, comm, wa
             mine = parallel(configuration(**found, **WAYS[way]), precision="bf16")
         same = all(torch.equal(weights[name], value) for name, value in mine[2].items())
         everywhere(comm, mine[:2] == (losses, norms) and same, f"{way}, {found}: {mine[:2]}, not {losses, norms}")
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """Losses, norms and weights of one rank, of a model whose layers ranks can share."""
+    return alone(divisible())
+
+
+@pytest.mark.parametrize(("schedule", "way"), list(product(sorted(schedules.MENU), WAYS)))
+def test_ranks_that_share_sequences_or_layers_are_near_one_rank(schedule, way, shared, comm, watch):
+    """Three steps in float32: losses and gradient norms, and so the weights that they were made with."""
+    for found in sharing(comm.size, schedule):
+        with watch(120):
+            mine = parallel(divisible(**found, **WAYS[way]))
+        difference = apart((*mine[:2], {}), shared)
+        everywhere(comm, difference < LARGEST, f"{way}, {found}: {difference}")

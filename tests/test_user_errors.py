@@ -111,7 +111,7 @@ def data(comm, tmp_path_all):
     ({"run.resume": "/tmp"}, "/tmp: no checkpoint there"),
     ({"model.width": 2**20}, "GiB of memory"),
     ({"run.dir": "/dev/null/run"}, "/dev/null"),
-    ({"parallel.tp": 2}, "parallel.tp 2"),
+    ({"parallel.tp": 2, "model.heads": 1}, "parallel.tp 2"),
     ({"parallel.pp": 3}, "--parallel.pp may be 1 or 2"),
     ({"parallel.pp": 2, "model.tied_embeddings": "true"}, "tied_embeddings"),
     ({"parallel.pp": 2, "parallel.split": "1,1"}, "deals 2 blocks"),

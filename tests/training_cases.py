@@ -16,14 +16,36 @@ SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are n
 
 
 def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0,
-                  kind="allreduce", level=1, sequences=SEQUENCES, tied=False, layers=2, **parallel):
-    """A small model and a step of eight sequences, or of fewer; `parallel`: options of that section."""
+                  kind="allreduce", level=1, sequences=SEQUENCES, tied=False, layers=2, model=None, **parallel):
+    """A small model and a step of eight sequences, or of fewer; `model` and `parallel`: options of these sections."""
+    shape = {"width": 64, "heads": 4, "kv_heads": 2} if model is None else model
     return Config(run=Run(steps=STEPS, reproducible=reproducible),
-                  model=Model(layers=layers, width=64, heads=4, kv_heads=2, tied_embeddings=tied),
+                  model=Model(layers=layers, tied_embeddings=tied, **shape),
                   data=Data(sequence_length=LENGTH, global_batch_size=sequences, micro_batch_size=micro_batch_size),
                   optim=Optim(lr=1e-2, warmup_steps=2, clip=clip, eps=SMOOTH),
                   sync=Sync(kind=kind, level=level, collective=collective, bucket_mib=bucket_mib),
                   parallel=Parallel(**parallel))
+
+
+# Of everything a multiple of 1, 2, 3, 4 and 8, so that so many ranks can share it; more words than the data has.
+DIVISIBLE = {"width": 96, "heads": 24, "kv_heads": 24, "hidden": 192, "vocab_size": 120}
+
+
+def divisible(collective="auto", **options):
+    """A model whose layers can be shared."""
+    return configuration(collective, model=DIVISIBLE, **options)
+
+
+def apart(found, expected):
+    """Largest relative difference: of losses and norms each, of a parameter relative to its largest value."""
+    numbers = [abs(a / b - 1) for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True)]
+    return max([*numbers, *((value - expected[2][name]).abs().max().item() / expected[2][name].abs().max().item()
+                            for name, value in found[2].items())])
+
+
+def same(one, other):
+    """All bits that both hold."""
+    return one[:2] == other[:2] and all(bool((one[2][name] == value).all()) for name, value in other[2].items())
 
 
 def sharded(collective, level, **options):

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -93,9 +93,9 @@ class Job:
             raise JobError(f"{self.who.name}: the loss is {self.loss}.")
         return max(float(reply["seconds"]) for reply in replies)
 
-    def peak_memory(self, steps: int) -> int:
-        """Train; bytes of the process that needed most of it (see _memory.py)."""
-        with _memory.peak_pss(self.pids) as peaks:
+    def peak_memory(self, steps: int, *, of: Callable[[int], int] = _memory.pss) -> int:
+        """Train; bytes of the process that needed most of it, in whichever way of _memory.py."""
+        with _memory.peak(self.pids, of) as peaks:
             self.run(steps)
         return max(peaks)
 

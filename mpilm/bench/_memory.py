@@ -7,7 +7,7 @@ the resident set size (RSS) would count it k times. The kernel keeps no peak of 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,15 +17,24 @@ KIB = 1024
 
 def pss(pid: int) -> int:
     """Bytes; 0 where the process is gone or may not be looked at."""
+    return _rollup(pid, "Pss:")
+
+
+def own(pid: int) -> int:
+    """PSS without mapped files, libraries above all: those are the smaller the more programs of a kind there are."""
+    return _rollup(pid, "Pss_Anon:", "Pss_Shmem:")
+
+
+def _rollup(pid: int, *fields: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * KIB for line in lines if line.startswith("Pss:")), 0)
+    return sum(int(line.split()[1]) * KIB for line in lines if line.startswith(fields))
 
 
 @contextmanager
-def peak_pss(pids: Sequence[int]) -> Iterator[list[int]]:
+def peak(pids: Sequence[int], of: Callable[[int], int] = pss) -> Iterator[list[int]]:
     """The list holds every process's peak in bytes, of the time that the context was entered."""
     peaks = [0] * len(pids)
     done = threading.Event()
@@ -34,7 +43,7 @@ def peak_pss(pids: Sequence[int]) -> Iterator[list[int]]:
         last = False
         while not last:  # at least once, however short the time
             last = done.wait(INTERVAL_S)
-            peaks[:] = [max(peak, pss(pid)) for peak, pid in zip(peaks, pids, strict=True)]
+            peaks[:] = [max(most, of(pid)) for most, pid in zip(peaks, pids, strict=True)]
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()

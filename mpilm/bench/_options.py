@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mpilm.bench import _contenders, _pipelines, _replicas, _servers, _shardings
+from mpilm.bench import _contenders, _layouts, _pipelines, _replicas, _servers, _shardings, _tensors
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,19 @@ def pipeline(parser: argparse.ArgumentParser) -> None:
                         help="also play schedules on so many stages whose passes sleep; 0: none (default: %(default)s)")
 
 
+def tensor(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/tensor.py`."""
+    _contest(parser, _tensors.names(), _tensors.MEASURED, "contenders")
+
+
+def memory(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/memory.py`."""
+    parser.add_argument("--case", default="deep", metavar="CASE,...",
+                        help=f"which models of {', '.join(_contenders.CASES)} (default: %(default)s)")
+    parser.add_argument("--who", default=",".join(_layouts.MEASURED), metavar="LAYOUT,...",
+                        help="which layouts, such as pp2-tp2-zb or dp4-level3-ring (default: %(default)s)")
+
+
 def _contest(parser: argparse.ArgumentParser, names: Sequence[str], measured: Sequence[str], noun: str) -> None:
     """The options of every benchmark in which contenders take turns."""
     parser.add_argument("--case", default=",".join(_contenders.MEASURED), metavar="CASE,...",
@@ -81,5 +94,5 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "server": server, "compress": compress,
-           "quality": quality, "slow": slow}
+OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "tensor": tensor, "memory": memory,
+           "server": server, "compress": compress, "quality": quality, "slow": slow}

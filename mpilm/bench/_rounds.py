@@ -109,7 +109,7 @@ class _Field:
 
     def start(self, who: Who, stack: ExitStack) -> Job | None:
         """A job that is warm, its memory measured; closed with `stack`."""
-        _progress(f"{self.case.name}: starting {who.name}")
+        progress(f"{self.case.name}: starting {who.name}")
         try:
             job = stack.enter_context(Job(who, self.case, cores=self.cores, size=self.size))
             job.run(WARMUP_STEPS)
@@ -143,10 +143,10 @@ def _rounds(jobs: list[Job], plan: Plan, results: Results) -> list[Job]:
                 break
         results.rounds.append(seen)
         rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in seen.items())
-        _progress(f"group {results.num_groups}, round {turn + 1} of {plan.rounds}, tokens/s: {rates}")
+        progress(f"group {results.num_groups}, round {turn + 1} of {plan.rounds}, tokens/s: {rates}")
     return jobs
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
     """To stderr: stdout may be --json's."""
     print(text, file=sys.stderr, flush=True)

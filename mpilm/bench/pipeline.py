@@ -14,19 +14,16 @@ everything else is real. "... simulated" is what the simulator says of the same 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 
 from mpilm.bench import _pipelines
-from mpilm.bench._contenders import CASES, Case, Who
-from mpilm.bench._rounds import Plan, Results, compete
-from mpilm.bench.train import on_root_quietly, pinned, shared_cores
-from mpilm.log import UserError
+from mpilm.bench._contenders import Case
+from mpilm.bench._contest import Emit, emit_speed, measure, parse_cases, shared_cores
+from mpilm.bench._rounds import Plan, Results
 
 OURS = tuple(name for name in _pipelines.names() if name.startswith("mpilm"))
 FORMULA = "formula"
-Emit = Callable[[str, str, float, str], None]
 
 
 def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, emulated: int, rounds: int, steps: int) -> None:
@@ -44,34 +41,16 @@ def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, emulated: int, round
     Raises:
         UserError: An unknown case or contender, or ranks on several machines.
     """
-    cases, cores = [_case(name) for name in case.split(",")], shared_cores(comm)
+    cases, cores = parse_cases(case), shared_cores(comm)
     real = [_pipelines.who(name) for name in who.split(",") if name]
     plan = Plan(rounds=rounds, steps=steps)
     for one in cases:
-        results = _results(comm, one, real, cores, plan, size=comm.size)
-        for name in results.names():
-            emit(one.name, name, results.median(name), "tokens/s")
+        results = measure(comm, one, real, cores, plan)
+        emit_speed(emit, one, results)
         _emit_bubbles(emit, one, results, comm.size)
         if emulated:
-            asleep = _results(comm, one, [_pipelines.EMULATED], cores, plan, size=emulated)
+            asleep = measure(comm, one, [_pipelines.EMULATED], cores, plan, size=emulated)
             _emit_emulated(emit, one, asleep, emulated)
-
-
-def _case(name: str) -> Case:
-    if name not in CASES:
-        raise UserError(f"--case {name}: there is no such case; there are {', '.join(CASES)}.")
-    return CASES[name]
-
-
-def _results(comm: MPI.Comm, case: Case, whos: Sequence[Who], cores: tuple[int, ...], plan: Plan, *,
-             size: int) -> Results:
-    def measure() -> Results:
-        if not whos:
-            return Results()
-        with pinned(cores):
-            return compete(case, whos, cores=cores, size=size, plan=plan)
-
-    return on_root_quietly(comm, measure)
 
 
 def _emit_bubbles(emit: Emit, case: Case, results: Results, ranks: int) -> None:

@@ -21,9 +21,9 @@ from mpi4py import MPI
 
 from mpilm.bench import _servers
 from mpilm.bench._contenders import CASES, Case, Who
+from mpilm.bench._contest import on_root_quietly, pinned, shared_cores
 from mpilm.bench._rounds import Plan, Results, compete
 from mpilm.bench.measure import interleaved
-from mpilm.bench.train import on_root_quietly, pinned, shared_cores
 from mpilm.log import UserError
 
 OURS = ("mpilm-server", "mpilm-server-fp32")

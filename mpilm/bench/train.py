@@ -12,26 +12,16 @@ processes map together, in steps after warming up; and all that it ever mapped.
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Sequence
 
 from mpi4py import MPI
 
-from mpilm import placement
 from mpilm.bench import _contenders
-from mpilm.bench._contenders import CASES, Case, Who
-from mpilm.bench._rounds import Plan, Results, compete, reference
-from mpilm.launch import on_root
-from mpilm.log import UserError
+from mpilm.bench._contenders import Case, Who
+from mpilm.bench._contest import MIB, Emit, emit_memory, emit_speed, measure, parse_cases, shared_cores
+from mpilm.bench._rounds import Plan, Results, reference
 
-T = TypeVar("T")
 OURS = ("mpilm", "mpilm-reproducible")
-Emit = Callable[[str, str, float, str], None]
-POLL_S = 0.05
-MIB = 2**20
 
 
 def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, rounds: int, steps: int) -> str:
@@ -48,7 +38,7 @@ def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, rounds: int, steps: 
     Raises:
         UserError: An unknown case or contender, or ranks on several machines.
     """
-    cases, whos = [_case(name) for name in case.split(",")], [_contenders.parse(name) for name in who.split(",")]
+    cases, whos = parse_cases(case), [_contenders.parse(name) for name in who.split(",")]
     plan, cores = Plan(rounds=rounds, steps=steps), shared_cores(comm)
     return "\n\n".join(_one_case(comm, emit, one, whos, plan, cores) for one in cases)
 
@@ -56,73 +46,10 @@ def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, rounds: int, steps: 
 def _one_case(
     comm: MPI.Comm, emit: Emit, case: Case, whos: Sequence[Who], plan: Plan, cores: tuple[int, ...]
 ) -> str:
-    def measure() -> Results:
-        with pinned(cores):
-            return compete(case, whos, cores=cores, size=comm.size, plan=plan)
-
-    results = on_root_quietly(comm, measure)
-    _emit(case, results, emit)
+    results = measure(comm, case, whos, cores, plan)
+    emit_speed(emit, case, results)
+    emit_memory(emit, case, results)
     return table(case, results, plan, size=comm.size, threads=max(1, len(cores) // comm.size))
-
-
-def _case(name: str) -> Case:
-    if name not in CASES:
-        raise UserError(f"--case {name}: there is no such case; there are {', '.join(CASES)}.")
-    return CASES[name]
-
-
-def shared_cores(comm: MPI.Comm) -> tuple[int, ...]:
-    """The physical cores that the ranks of `comm` have together. Collective over `comm`.
-
-    Raises:
-        UserError: The ranks are not on one machine.
-    """
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    alone = comm.allreduce(node.size, op=MPI.MIN) == comm.size
-    node.Free()
-    if not alone:
-        raise UserError("The training benchmark compares on one machine: start all its ranks there.")
-    return tuple(sorted({core for cores in comm.allgather(placement.cores()) for core in cores}))
-
-
-@contextmanager
-def pinned(cores: Sequence[int]) -> Iterator[None]:
-    """This process on `cores`, which its children inherit: mpirun may have bound it to one of them."""
-    own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, own)
-
-
-def on_root_quietly(comm: MPI.Comm, function: Callable[[], T]) -> T:
-    """`on_root` for what takes long: the other ranks sleep meanwhile, a blocked MPI call would use up their core."""
-    outcome: list[T] = []
-    error: Exception | None = None
-    if comm.rank == 0:
-        try:
-            outcome.append(function())
-        except Exception as failure:  # told to all ranks below
-            error = failure
-    gate = comm.Ibarrier()
-    while not gate.Test():
-        time.sleep(POLL_S)
-
-    def result() -> T:
-        if error is not None:
-            raise error
-        return outcome[0]
-
-    return on_root(comm, result)
-
-
-def _emit(case: Case, results: Results, emit: Emit) -> None:
-    for name in results.names():
-        emit(case.name, name, results.median(name), "tokens/s")
-    for name in results.names():
-        emit(f"{case.name} peak PSS", name, results.peak_pss[name] / MIB, "MiB")
-        emit(f"{case.name} peak RSS", name, results.max_rss[name] / MIB, "MiB")
 
 
 def table(case: Case, results: Results, plan: Plan, *, size: int, threads: int) -> str:

@@ -6,6 +6,8 @@
      "files": {"rank-00000-part-00.safetensors": {"bytes": 1224, "sha256": "..."}},
      "sha256": "of all the rest, as JSON with sorted keys and no spaces"}
 
+A run of some columns only, as ranks that share layers hold them, also says which: "columns": [512, 1024].
+
 `loads` believes nothing: after it, file names are plain names, every tensor is covered exactly once by its runs, and
 the runs of a file fit into it. So no size that is used later can be larger than the checkpoint's files.
 """
@@ -22,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.checkpoint.pieces import CODES, DTYPES, MAX_DIMENSIONS, NAME, Piece
+from mpilm.checkpoint.pieces import CODES, DTYPES, MAX_DIMENSIONS, NAME, Piece, elements, fit
 from mpilm.log import UserError
 
 FILE = "manifest.json"
@@ -32,18 +34,22 @@ MAX_BYTES = 1 << 28
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\.safetensors")
 
 
+Columns = tuple[int, int]
+
+
 class DamagedError(UserError):
     """A checkpoint that is not what was written; the message names file and reason."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Elements [start, start + count) of a tensor, and the file and key they lie under."""
+    """Elements [start, start + count) of a tensor, or of some of its columns, and the file and key they lie under."""
 
     file: str
     key: str
     start: int
     count: int
+    columns: Columns | None = None
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,9 @@ def record(files: Iterable[tuple[str, Sequence[Piece], int, str]], announced: It
     for file, pieces, size, digest in files:
         written[file] = {"bytes": size, "sha256": digest}
         for piece in pieces:
+            columns = {} if piece.columns is None else {"columns": list(piece.columns)}
             tensors[piece.name]["runs"].append(
-                {"file": file, "key": piece.key, "start": piece.start, "count": piece.array.size})
+                {"file": file, "key": piece.key, "start": piece.start, "count": piece.array.size, **columns})
     return {"tensors": tensors, "files": written}
 
 
@@ -116,20 +123,45 @@ def dumps(step: int, records: Sequence[dict[str, Any]], meta: dict[str, Any]) ->
             _require_same(name, known, entry)
             known["runs"] += entry["runs"]
     for name, entry in tensors.items():
-        entry["runs"].sort(key=lambda run: run["start"])
-        _require_cover(name, prod(entry["shape"]), [(run["start"], run["count"]) for run in entry["runs"]])
+        entry["runs"].sort(key=lambda run: (run.get("columns", []), run["start"]))
+        _require_cover(name, entry["shape"], _runs(entry))
     body = {"format": FORMAT, "version": VERSION, "step": step, "ranks": len(records), "meta": meta,
             "files": files, "tensors": tensors}
     return json.dumps({**body, "sha256": _digest(body)}, indent=1).encode()
 
 
-def _require_cover(name: str, size: int, runs: Iterable[tuple[int, int]]) -> None:
+def _runs(entry: dict[str, Any]) -> list[Run]:
+    return [Run(str(run["file"]), str(run["key"]), _whole(run["start"]), _whole(run["count"]),
+                _columns(run["columns"], entry["shape"]) if "columns" in run else None) for run in entry["runs"]]
+
+
+def _columns(given: Any, shape: Sequence[int]) -> Columns:
+    low, high = map(_whole, given)
+    _require(fit((low, high), shape), f"a tensor of shape {shape} has no columns {low} to {high}")
+    return low, high
+
+
+def _require_cover(name: str, shape: Sequence[int], runs: Sequence[Run]) -> None:
+    """Every element once: columns side by side, and each of them from the first row to the last."""
+    right = 0
+    for columns in dict.fromkeys(run.columns for run in runs) or [None]:
+        low, high = columns or (0, shape[-1] if shape else 1)
+        if low != right:
+            raise ValueError(f"{name}: columns {min(low, right)} to {max(low, right)} are there "
+                             f"{'twice' if low < right else 'not at all'}")
+        right = high
+        _require_rows(name, elements(shape, columns), [run for run in runs if run.columns == columns])
+    if shape and right != shape[-1]:
+        raise ValueError(f"{name}: {right} columns instead of {shape[-1]}")
+
+
+def _require_rows(name: str, size: int, runs: Iterable[Run]) -> None:
     end = 0
-    for start, count in runs:
-        if start != end:
-            raise ValueError(f"{name}: elements {min(start, end)} to {max(start, end)} are there "
-                             f"{'twice' if start < end else 'not at all'}")
-        end += count
+    for run in runs:
+        if run.start != end:
+            raise ValueError(f"{name}: elements {min(run.start, end)} to {max(run.start, end)} are there "
+                             f"{'twice' if run.start < end else 'not at all'}")
+        end += run.count
     if end != size:
         raise ValueError(f"{name}: {end} elements instead of {size}")
 
@@ -186,10 +218,9 @@ def _tensor(name: str, entry: dict[str, Any]) -> Tensor:
     _require(NAME.fullmatch(name), f"{name[:80]!r} is not the name of a tensor")
     _require(len(entry["shape"]) <= MAX_DIMENSIONS, f"{name} has too many dimensions")
     shape = tuple(_whole(size) for size in entry["shape"])
-    runs = tuple(Run(str(run["file"]), str(run["key"]), _whole(run["start"]), _whole(run["count"]))
-                 for run in entry["runs"])
-    _require_cover(name, prod(shape), [(run.start, run.count) for run in runs])
-    return Tensor(shape, DTYPES[entry["dtype"]], runs)
+    runs = _runs({**entry, "shape": shape})
+    _require_cover(name, shape, runs)
+    return Tensor(shape, DTYPES[entry["dtype"]], tuple(runs))
 
 
 def _whole(number: Any) -> int:

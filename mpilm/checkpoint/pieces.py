@@ -2,17 +2,20 @@
 
     Piece("model.embed.weight", (8192, 256), 1000, array)    elements 1000 ... of the flattened tensor
 
+    Piece("model.down.weight", (256, 1024), 0, array, columns=(512, 1024))      those columns of it, flattened alone
+
 In a file a whole tensor has its natural shape under its name; a part of one is flat, under name + range:
 
-    model.norm.weight             F32 [256]
-    model.embed.weight[1000:3000] F32 [2000]
+    model.norm.weight                       F32 [256]
+    model.embed.weight[1000:3000]           F32 [2000]
+    model.down.weight[:,512:1024][0:131072] F32 [131072]
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -30,26 +33,34 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous run of a logical tensor that is flattened in C order.
+    """A contiguous run of a logical tensor, or of some of its columns, that is flattened in C order.
 
     Args:
         name: Of the logical tensor: letters, digits, `_`, `.`, `-`, `/`.
         shape: Of the whole logical tensor.
         start: The run is [start, start + array.size).
         array: Its elements, 1-D; it is read while `save` runs and never afterwards.
+        columns: Of a matrix, the first and the last + 1 of those that are flattened; None: all.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     array: np.ndarray
+    columns: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         assert NAME.fullmatch(self.name), f"{self.name!r}: not a tensor's name"
         assert len(self.shape) <= MAX_DIMENSIONS, f"{self.name}: {self.shape}"
         assert self.array.ndim == 1, f"{self.name}: a piece is flat, not {self.array.shape}"
         assert self.array.dtype in CODES, f"{self.name}: {self.array.dtype} has no name in safetensors"
-        assert 0 <= self.start <= self.stop <= prod(self.shape), f"{self.name}: [{self.start}:{self.stop}]"
+        assert self.columns is None or fit(self.columns, self.shape), f"{self.name}: {self.columns} of {self.shape}"
+        assert 0 <= self.start <= self.stop <= self.most, f"{self.name}: [{self.start}:{self.stop}]"
+
+    @property
+    def most(self) -> int:
+        """Elements of the tensor, or of those columns of it."""
+        return elements(self.shape, self.columns)
 
     @property
     def stop(self) -> int:
@@ -59,17 +70,28 @@ class Piece:
     @property
     def whole(self) -> bool:
         """It is the whole tensor."""
-        return self.array.size == prod(self.shape)
+        return self.columns is None and self.array.size == prod(self.shape)
 
     @property
     def key(self) -> str:
         """Its name inside a file."""
-        return self.name if self.whole else f"{self.name}[{self.start}:{self.stop}]"
+        columns = "" if self.columns is None else f"[:,{self.columns[0]}:{self.columns[1]}]"
+        return self.name if self.whole else f"{self.name}{columns}[{self.start}:{self.stop}]"
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Its shape inside a file."""
         return self.shape if self.whole else (self.array.size,)
+
+
+def fit(columns: tuple[int, int], shape: Sequence[int]) -> bool:
+    """Whether there are such columns."""
+    return len(shape) == 2 and 0 <= columns[0] < columns[1] <= shape[1]
+
+
+def elements(shape: Sequence[int], columns: tuple[int, int] | None) -> int:
+    """Of a tensor, or of some columns of a matrix."""
+    return prod(shape) if columns is None else shape[0] * (columns[1] - columns[0])
 
 
 def deal(pieces: Iterable[Piece], file_bytes: int) -> list[list[Piece]]:
@@ -93,4 +115,4 @@ def _cut(pieces: Iterable[Piece], file_bytes: int) -> Iterator[Piece]:
         most = max(1, file_bytes // piece.array.itemsize)
         for begin in range(0, piece.array.size, most):
             part = piece.array[begin:begin + most]
-            yield piece if part.size == piece.array.size else Piece(piece.name, piece.shape, piece.start + begin, part)
+            yield piece if part.size == piece.array.size else replace(piece, start=piece.start + begin, array=part)

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpilm.checkpoint import manifest, retention, tensorfile
-from mpilm.checkpoint.manifest import DamagedError, Manifest, Run, Tensor
+from mpilm.checkpoint.manifest import Columns, DamagedError, Manifest, Run, Tensor
+from mpilm.checkpoint.pieces import elements
+from mpilm.checkpoint.rectangles import Rectangle, rectangles
 from mpilm.log import UserError
 
 
@@ -46,8 +48,11 @@ class Reader:
         self.tensors: dict[str, Tensor] = self.manifest.tensors
         self._contents: dict[str, dict[str, tensorfile.Stored]] = {}
 
-    def read(self, name: str, start: int, count: int) -> np.ndarray:
+    def read(self, name: str, start: int, count: int, columns: Columns | None = None) -> np.ndarray:
         """Elements [start, start + count) of the flattened tensor: a new 1-D array of the tensor's dtype.
+
+        Args:
+            columns: Of a matrix, the first and the last + 1 of those that are flattened; None: all.
 
         Raises:
             DamagedError: A file can't be read or is not what the manifest says.
@@ -56,8 +61,11 @@ class Reader:
         if name not in self.tensors:
             raise UserError(f"{self.path}: there is no tensor {name}. It has {_some(self.tensors)}.")
         tensor = self.tensors[name]
-        assert 0 <= start <= start + count <= tensor.size, f"{name}[{start}:{start + count}]"
+        assert 0 <= start <= start + count <= elements(tensor.shape, columns), f"{name}[{start}:{start + count}]"
         values = np.empty(count, tensor.dtype)
+        if any(run.columns != columns for run in tensor.runs):
+            self._put_together(tensor, values, rectangles(tensor.shape, columns, start, count))
+            return values
         runs, stop = tensor.runs, start + count
         first = bisect_right([run.start for run in runs], start) - 1
         for run in runs[max(first, 0):]:
@@ -66,6 +74,17 @@ class Reader:
                 break
             self._read_run(run, tensor, low, values[low - start:high - start])
         return values
+
+    def _put_together(self, tensor: Tensor, values: np.ndarray, wanted: Sequence[Rectangle]) -> None:
+        """Fill `values` from runs of other columns."""
+        for run in tensor.runs:
+            for stored in rectangles(tensor.shape, run.columns, run.start, run.count):
+                for target in wanted:
+                    into, out_of = target.within(stored), stored.within(target)
+                    if into is not None and out_of is not None:
+                        span = np.empty(out_of.span, tensor.dtype)
+                        self._read_run(run, tensor, run.start + out_of.offset, span)
+                        into.view(values[into.offset:into.offset + into.span])[:] = out_of.view(span)
 
     def verify(self, files: Iterable[str] | None = None) -> None:
         """Compare size and checksum of these files (default: of all) with the manifest.
@@ -99,7 +118,7 @@ class Reader:
         if run.file not in self._contents:
             self._contents[run.file] = tensorfile.contents(file, self.manifest.files[run.file].bytes)
         stored = self._contents[run.file].get(run.key)
-        shape = tensor.shape if run.count == tensor.size else (run.count,)
+        shape = tensor.shape if run.columns is None and run.count == tensor.size else (run.count,)
         if stored is None or stored.dtype != tensor.dtype or stored.shape != shape:
             raise ValueError(f"does not hold {run.key} as the manifest says")
         return stored

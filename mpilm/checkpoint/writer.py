@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +124,7 @@ class Writer:
         # Pieces may lie in memory that other ranks write: all have arrived before the copy, none leaves before its end.
         views: list[memoryview] = self._on_every_rank(partial(self._snapshot.copy, dealt))
         self._on_every_rank(partial(self._begin, place))
-        announced = [Piece(piece.name, piece.shape, piece.start, piece.array[:0]) for piece in pieces]
+        announced = [replace(piece, array=piece.array[:0]) for piece in pieces]
         task = Task("checkpoint", partial(files.write_share, place, dealt, views, announced))
         self._job = _Job(place, meta, task, self._collect, began, time.perf_counter() - began)
 

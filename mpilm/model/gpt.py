@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from mpilm.model import init, recompute
 from mpilm.model.context import WHOLE, Whole
 from mpilm.model.head import Head
-from mpilm.model.layers import Block, Places, RMSNorm
+from mpilm.model.layers import Block, Embedding, Places, RMSNorm
 from mpilm.model.shape import Shape
+from mpilm.model.slices import Slices
+from mpilm.model.split import ALONE, Alone
 
 
 def plainly(module: nn.Module, run: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
@@ -40,23 +42,24 @@ class GPT(nn.Module):
         shape: Of the whole model.
         units: Those of this part; None: all.
         context: The ranks that share every sequence. Of T tokens a rank computes with T / context.size.
+        split: The ranks that share every layer. Of the tokens of `context` a rank keeps a size-th between matrices.
 
     Attributes:
         around: Through which every module is called: around(module, run, x, *rest) -> run(x, *rest). Whoever owns the
             weights may replace it, to have them there when they are needed.
     """
 
-    def __init__(self, shape: Shape, units: range | None = None, context: Whole = WHOLE) -> None:
+    def __init__(self, shape: Shape, units: range | None = None, context: Whole = WHOLE, split: Alone = ALONE) -> None:
         super().__init__()
-        self.shape, self.context = shape, context
+        self.shape, self.context, self.split = shape, context, split
         self.units = range(shape.units) if units is None else units
         if self.first:
-            self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
+            self.embed_tokens = Embedding(shape.vocab_size, shape.width, split)
         mine = [layer for layer in range(shape.layers) if layer + 1 in self.units]
-        self.layers = nn.ModuleDict({str(layer): Block(shape, context) for layer in mine})
+        self.layers = nn.ModuleDict({str(layer): Block(shape, context, split) for layer in mine})
         if self.last:
-            self.norm = RMSNorm(shape.width, eps=shape.norm_eps)
-            self.lm_head = Head(shape.width, shape.vocab_size)
+            self.norm = RMSNorm(shape.width, eps=shape.norm_eps, split=split)
+            self.lm_head = Head(shape.width, shape.vocab_size, split)
             if shape.tied_embeddings:
                 self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep a block's input only, and compute the block again in the backward pass
@@ -77,7 +80,7 @@ class GPT(nn.Module):
                 hidden: Tensor | None = None) -> Tensor:
         """Mean loss (nats a token, float32) or, without targets, logits; of a part without the head, what the next
         part takes as `hidden`, [B, T, C]. Where ranks share the sequence, of this rank's tokens: T / size of the T
-        that are given.
+        that are given. Where they share the layers, `hidden` is a size-th of these, and logits are my part of V.
 
         Args:
             inputs: [B, T] int64 tokens.
@@ -100,7 +103,8 @@ class GPT(nn.Module):
 
     def input_shape(self, stage: int, slot: Sequence[int]) -> tuple[int, ...]:
         """Of what enters pipeline stage `stage`, from 1: that of my tokens of a slot's [B, T], and the width."""
-        return (*self.rows(slot), self.shape.width)
+        batch, length = self.rows(slot)
+        return batch, length // self.split.size, self.shape.width
 
     def rows(self, slot: Sequence[int]) -> tuple[int, ...]:
         """[B, T / size] that are mine of a slot's tokens [B, T]."""
@@ -129,10 +133,10 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         if self.last:
             self.norm.compile(dynamic=False)
-            self.lm_head.softmax = torch.compile(self.lm_head.softmax, dynamic=False)
+            self.lm_head.softmax.compile()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of `shape.tensors()` as a view into the parameter that holds it, in that order."""
+        """Every tensor of `shape.tensors()` as a view into the parameter that holds it whole, in that order."""
         for name, parameter in self.named_parameters():
             parts = self.shape.parts(name)
             rows = [dimensions[0] for dimensions in parts.values()]
@@ -140,6 +144,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, *, seed: int) -> None:
-        """Draw every tensor by its name (`init.draw`)."""
-        for name, tensor in self.tensors():
-            tensor.copy_(init.draw(name, tuple(tensor.shape), seed=seed, layers=self.shape.layers))
+        """Draw every tensor by its name (`init.draw`), and keep what is mine of it."""
+        slices = Slices(self.shape, self.split.rank, self.split.size)
+        for name, parameter in self.named_parameters():
+            drawn = [part.cut(init.draw(part.tensor, part.shape, seed=seed, layers=self.shape.layers))
+                     for part in slices.parts(name)]
+            parameter.copy_(torch.cat(drawn).view(parameter.shape))

@@ -9,56 +9,49 @@ long vocabulary is gone through in chunks of rows. The backward pass has only to
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpilm.model.precision import wide
+from mpilm.model.softmax import Softmax
+from mpilm.model.split import ALONE, Alone
 
 CHUNK = 1 << 25     # logits that are held at a time: 64 MiB of bf16
 
 
 class Head(nn.Linear):
-    """Rows [..., C] -> logits [..., V], or the mean loss (nats, float32 scalar) against targets [...]."""
+    """Rows [..., C] -> logits [..., V], or the mean loss (nats, float32 scalar) against targets [...]; of a vocabulary
+    that ranks share, logits are those of my part of it."""
 
-    def __init__(self, width: int, vocab_size: int) -> None:
-        super().__init__(width, vocab_size, bias=False)
-        self.softmax: Callable[[Tensor, float], tuple[Tensor, Tensor]] = softmax
+    def __init__(self, width: int, vocab_size: int, split: Alone = ALONE) -> None:
+        super().__init__(width, split.of(vocab_size), bias=False)
+        self.split, self.softmax = split, split.softmax(vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of everyone's rows."""
+        y: Tensor = super().forward(self.split.gather(x))
+        return y
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean loss. In evaluation mode, or without gradients, nothing is computed for a backward pass."""
-        x, targets = x.flatten(0, -2), targets.flatten()
+        x, targets = self.split.gather(x).flatten(0, -2), targets.flatten()
         if self.training and torch.is_grad_enabled():
             loss: Tensor = _Loss.apply(x, self.weight, targets, self.softmax)
             return loss
-        parts = [F.cross_entropy(wide(self(rows)), goals, reduction="sum")
+        parts = [self.softmax.surprise(F.linear(rows, self.weight), goals)
                  for rows, goals in _chunks(x, targets, self.out_features)]
         return torch.stack(parts).sum() / len(x)
 
 
-def softmax(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(log of the sum of exponentials, float32 [rows]; softmax * scale in the logits' dtype)."""
-    exact = wide(logits)
-    total = exact.logsumexp(-1)
-    return total, ((exact - total[:, None]).exp() * scale).to(logits.dtype)
-
-
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor,
-                softmax: Callable[[Tensor, float], tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softmax: Softmax) -> Tensor:
         dx, dweight, losses = [], None, []
         for rows, goals in _chunks(x, targets, len(weight)):
-            logits = rows @ weight.t()
-            hits = torch.arange(len(rows), device=x.device), goals
-            hit = wide(logits[hits])
-            total, gradient = softmax(logits, 1 / len(x))
-            surprise = total - hit
-            gradient[hits] = (torch.expm1(-surprise) / len(x)).to(gradient.dtype)     # scatter_ would copy it all
-            losses.append(surprise.sum())
+            surprises, gradient = softmax.gradient(rows @ weight.t(), goals, len(x))
+            losses.append(surprises.sum())
             dx.append(gradient @ weight)
             dweight = gradient.t() @ rows if dweight is None else dweight.addmm_(gradient.t(), rows)
         ctx.save_for_backward(torch.cat(dx) if len(dx) > 1 else dx[0], dweight)

@@ -3,7 +3,8 @@
 One code for eager and compiled, for bf16 and fp32: matrix products run in the dtype of the weights, sums that lose
 bits (norms, softmax, loss) in float32. Weights are plain leaf tensors that somebody else may own.
 
-B sequences, T tokens, C width, H heads, K kv_heads, D head_width, F hidden, V vocabulary.
+B sequences, T tokens, C width, H heads, K kv_heads, D head_width, F hidden, V vocabulary; where ranks share the layers
+(`split`), H, K, F and V are what a rank has of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from mpilm.model.context import WHOLE, Whole
 from mpilm.model.precision import wide
 from mpilm.model.shape import Shape
+from mpilm.model.split import ALONE, Alone
 
 
 class Places(NamedTuple):
@@ -50,39 +52,50 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return (halves * rotary[0] + halves.flip(-2) * rotary[1]).flatten(-2)
 
 
+class Embedding(nn.Embedding):
+    """Tokens [B, T] -> their rows [B, T, C]; of ranks that share the layers, each has those of its tokens."""
+
+    def __init__(self, vocab_size: int, width: int, split: Alone = ALONE) -> None:
+        super().__init__(split.of(vocab_size), width)
+        self.split = split
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.split.embed(tokens, self.weight)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in float32."""
 
-    def __init__(self, width: int, *, eps: float) -> None:
+    def __init__(self, width: int, *, eps: float, split: Alone = ALONE) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.eps, self.split = eps, split
 
     def forward(self, x: Tensor) -> Tensor:
         exact = wide(x)
         scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        y: Tensor = exact * scale * wide(self.weight)
+        y: Tensor = exact * scale * self.split.common(wide(self.weight))
         return y.to(self.weight.dtype)
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention; `qkv_proj` holds the rows of queries, keys and values."""
 
-    def __init__(self, shape: Shape, context: Whole = WHOLE) -> None:
+    def __init__(self, shape: Shape, context: Whole = WHOLE, split: Alone = ALONE) -> None:
         super().__init__()
-        self.context = context
-        self.heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+        self.context, self.split = context, split
+        self.heads = [split.of(heads) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
         self.head_width = shape.head_width
-        self.qkv_proj = nn.Linear(shape.width, shape.width + 2 * shape.kv_width, bias=False)
-        self.o_proj = nn.Linear(shape.width, shape.width, bias=False)
+        self.qkv_proj = nn.Linear(shape.width, split.of(shape.width + 2 * shape.kv_width), bias=False)
+        self.o_proj = nn.Linear(split.of(shape.width), shape.width, bias=False)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
+        x = self.split.gather(x)
         qkv = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_width)             # B T H+2K D
         q, k, v = qkv.split(self.heads, dim=2)
         q = (rotate(q, places.rotary) * self.head_width ** -0.5).to(x.dtype)
         k = rotate(k, places.rotary).to(x.dtype)
-        y: Tensor = self.o_proj(self.context.attend(q, k, v, places.masks).flatten(2))
-        return y
+        return self.split.scatter(self.o_proj(self.context.attend(q, k, v, places.masks).flatten(2)))
 
 
 class SwiGLU(torch.autograd.Function):
@@ -108,25 +121,25 @@ class SwiGLU(torch.autograd.Function):
 class FeedForward(nn.Module):
     """SwiGLU network: down(silu(gate(x)) * up(x)); `gate_up_proj` holds the rows of both."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, split: Alone = ALONE) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(shape.width, 2 * shape.hidden, bias=False)
-        self.down_proj = nn.Linear(shape.hidden, shape.width, bias=False)
+        self.split = split
+        self.gate_up_proj = nn.Linear(shape.width, split.of(2 * shape.hidden), bias=False)
+        self.down_proj = nn.Linear(split.of(shape.hidden), shape.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))
-        return y
+        return self.split.scatter(self.down_proj(SwiGLU.apply(self.gate_up_proj(self.split.gather(x)))))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). x [B, T, C]."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). x [B, T, C], or my tokens of that."""
 
-    def __init__(self, shape: Shape, context: Whole = WHOLE) -> None:
+    def __init__(self, shape: Shape, context: Whole = WHOLE, split: Alone = ALONE) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(shape.width, eps=shape.norm_eps)
-        self.self_attn = Attention(shape, context)
-        self.post_attention_layernorm = RMSNorm(shape.width, eps=shape.norm_eps)
-        self.mlp = FeedForward(shape)
+        self.input_layernorm = RMSNorm(shape.width, eps=shape.norm_eps, split=split)
+        self.self_attn = Attention(shape, context, split)
+        self.post_attention_layernorm = RMSNorm(shape.width, eps=shape.norm_eps, split=split)
+        self.mlp = FeedForward(shape, split)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), places)

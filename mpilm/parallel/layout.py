@@ -51,7 +51,7 @@ def _why_not(config: Config, shape: Shape, ranks: int, axes: Axes) -> str | None
         if cp == tp == 1:
             return f"{counted(ranks, 'rank')} can't be divided into pipelines of {pp}."
         return f"{counted(ranks, 'rank')} can't be divided into models of {' x '.join(map(str, axes))} (pp x cp x tp)."
-    return (_stages_why_not(config, shape, pp) or _context_why_not(config, cp) or _tensor_why_not(shape, tp)
+    return (_stages_why_not(config, shape, pp) or _context_why_not(config, cp) or _tensor_why_not(config, shape, cp, tp)
             or _slots_why_not(config, ranks // prod(axes)))
 
 
@@ -73,8 +73,16 @@ def _context_why_not(config: Config, cp: int) -> str | None:
             f"no multiple of {chunks}; {-(-length // chunks) * chunks} is.")
 
 
-def _tensor_why_not(shape: Shape, tp: int) -> str | None:
-    return None if tp == 1 else "layers are not split over ranks in this version; give --parallel.tp 1."
+def _tensor_why_not(config: Config, shape: Shape, cp: int, tp: int) -> str | None:
+    length = config.data.sequence_length
+    shared = {"--model.heads": (shape.heads, tp), "--model.kv_heads": (shape.kv_heads, tp),
+              "--model.hidden": (shape.hidden, tp), "--model.vocab_size": (shape.vocab_size, tp),
+              "--data.sequence_length": (length, cp * tp)}
+    for option, (count, ranks) in shared.items():
+        if tp > 1 and count % ranks:
+            return (f"{tp} ranks share every layer in equal parts, and {option} {count} is no multiple of {ranks}; "
+                    f"{-(-count // ranks) * ranks} is.")
+    return None
 
 
 def _slots_why_not(config: Config, dp: int) -> str | None:

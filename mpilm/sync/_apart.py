@@ -12,7 +12,7 @@ An outer step with learning rate 1 and without momentum makes the anchor the ave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +59,10 @@ class Apart(Bucket):
     """
 
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, compress: Compress, outer: Outer, *,
-                 share: float, states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit]) -> None:
+                 share: float, states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit],
+                 repeated: Collection[str]) -> None:
         count, own = layout.count, slice(0, layout.count)
-        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits))
+        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits), repeated)
         self.collective, self.outer, self.share = collective, outer, share
         self.masters, self.anchor = torch.zeros(count), torch.zeros(count)
         self.flat = self.shard = self.masters if dtype == torch.float32 else torch.zeros(count, dtype=dtype)

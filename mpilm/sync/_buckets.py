@@ -11,7 +11,7 @@ of everything. A `Shard` is one that is divided over all ranks: of masters and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +51,9 @@ class Leaving(Protocol):
 class Segment:
     """The segment `own` of a bucket, which this rank updates.
 
+    Args:
+        repeated: Parameters that the norm must not count here, because another rank holds and counts them too.
+
     Attributes:
         shard: What the update writes the new weights to.
         masters, states: float32.
@@ -64,8 +67,10 @@ class Segment:
     squares: np.ndarray
     gradients: Summed
 
-    def __init__(self, layout: Layout, own: slice) -> None:
+    def __init__(self, layout: Layout, own: slice, repeated: Collection[str] = ()) -> None:
         self.layout, self.own = layout, own
+        self.left_out = {block for member, start, stop in layout.members_in(own) if member.name in repeated
+                         for block in range((start - own.start) // BLOCK, -(-(stop - own.start) // BLOCK))}
 
     def square(self, first: int, stop: int) -> None:
         """Sums of squares of my gradients' blocks first .. stop-1.
@@ -74,6 +79,8 @@ class Segment:
         """
         gradients = self.gradients.own.numpy()
         for block in range(first, stop):
+            if block in self.left_out:
+                continue
             values = gradients[block * BLOCK:(block + 1) * BLOCK]
             self.squares[block] = np.einsum("i,i->", values, values)
 
@@ -122,8 +129,8 @@ class Bucket(Segment):
     flat: torch.Tensor
     gradients: Gradients
 
-    def __init__(self, layout: Layout, own: slice, gradients: Gradients) -> None:
-        super().__init__(layout, own)
+    def __init__(self, layout: Layout, own: slice, gradients: Gradients, repeated: Collection[str]) -> None:
+        super().__init__(layout, own, repeated)
         self.gradients = gradients
 
     def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
@@ -141,9 +148,9 @@ class Replica(Bucket):
     """A bucket among `owners`. Collective over the collective's communicator."""
 
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, *, states: Sequence[str],
-                 dtype: torch.dtype, visits: Sequence[Visit]) -> None:
+                 dtype: torch.dtype, visits: Sequence[Visit], repeated: Collection[str]) -> None:
         count, own = layout.count, segments(layout.count, owners.comm.size)[owners.comm.rank]
-        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits))
+        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits), repeated)
         self.common = {name: owners.allocate_common(count, np.float32) for name in (MASTERS, *states)}
         whole = torch.from_numpy(self.common[MASTERS])
         self.flat = whole if dtype == torch.float32 else bridge.tensor(
@@ -163,8 +170,8 @@ class Shard(Bucket):
     """A bucket over all ranks, with any kind of gradients and weights."""
 
     def __init__(self, layout: Layout, own: slice, gradients: Gradients, weights: Weights, *,
-                 states: Sequence[str]) -> None:
-        super().__init__(layout, own, gradients)
+                 states: Sequence[str], repeated: Collection[str]) -> None:
+        super().__init__(layout, own, gradients, repeated)
         self.weights = weights
         self.flat, self.shard, self.masters = weights.flat, weights.shard, weights.masters
         self.states = {name: np.zeros(own.stop - own.start, np.float32) for name in states}

@@ -9,7 +9,7 @@ backward pass still runs; buckets leave in one fixed order on all ranks.
     step()                                                              wait, norm, update my segment
 
 The ranks of a pipeline hold different parameters and share one gradient norm: it is the sum over the blocks of all
-stages, in full precision, so their number does not enter it.
+stages, in full precision, so their number does not enter it. What several of them hold, one counts.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Ranks that share no memory each hold a copy of everything and compute the same u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,19 +39,20 @@ class Allreduce(Summing[Replica]):
         num_slots: Micro-batches of this rank in a step.
         dtype: What the model computes with.
         reproducible: Sum slots along the fixed tree; `num_slots` is then a power of two.
+        repeated: Names of the parameters that another rank of `stages` holds too, and counts for the norm.
 
     Collective over the collective's communicator and over `stages`, like every method.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], collective: Any,
                  stages: MPI.Comm, worker: Worker | Inline, *, update: Update, compress: Compress, num_slots: int,
-                 dtype: torch.dtype, bucket_mib: float, reproducible: bool) -> None:
+                 dtype: torch.dtype, bucket_mib: float, reproducible: bool, repeated: Collection[str] = ()) -> None:
         self.owners = Node.build(collective.owners)
         visits = (tree_visits if reproducible else running_visits)(num_slots)
         layouts = lay_out(described(parameters, decayed), int(bucket_mib * 2**20 / FLOAT_BYTES),
                           owners=self.owners.comm.size)
         buckets = [Replica(layout, collective, compress(layout, collective, collective.reduce), self.owners,
-                           states=update.STATES, dtype=dtype, visits=visits) for layout in layouts]
+                           states=update.STATES, dtype=dtype, visits=visits, repeated=repeated) for layout in layouts]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)
 
     def _blocks(self) -> np.ndarray:

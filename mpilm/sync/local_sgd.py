@@ -27,7 +27,7 @@ replica skips the step on all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -52,7 +52,8 @@ class LocalSgd(Summing[Apart]):
     """Takes over the memory of `parameters`; every rank has its own of everything.
 
     Args:
-        parameters, decayed, collective, stages, compress, num_slots, dtype, reproducible: As Allreduce.
+        parameters, decayed, collective, stages, compress, num_slots, dtype, reproducible, repeated: As
+            Allreduce.
         update: Also says how many updates have been made so far.
         every, local_after, outer_lr, outer_momentum, fragments, save_replicas: See the top of the file.
 
@@ -68,7 +69,8 @@ class LocalSgd(Summing[Apart]):
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], collective: Any,
                  stages: MPI.Comm, worker: Worker | Inline, *, update: Update, compress: Compress, num_slots: int,
                  dtype: torch.dtype, bucket_mib: float, reproducible: bool, every: int, local_after: int,
-                 outer_lr: float, outer_momentum: float, fragments: int, save_replicas: bool) -> None:
+                 outer_lr: float, outer_momentum: float, fragments: int, save_replicas: bool,
+                 repeated: Collection[str] = ()) -> None:
         self.comm, self.update = collective.comm, update
         self.every, self.local_after, self.fragments = every, local_after, fragments
         self.save_replicas = save_replicas
@@ -79,7 +81,7 @@ class LocalSgd(Summing[Apart]):
         outer = Outer(outer_lr, outer_momentum)
         buckets = [Apart(layout, collective, self._reduce(layout, collective, compress), compress, outer,
                          share=num_slots / all_slots, states=update.STATES, dtype=dtype,
-                         visits=(tree_visits if reproducible else running_visits)(num_slots))
+                         visits=(tree_visits if reproducible else running_visits)(num_slots), repeated=repeated)
                    for layout in lay_out(sizes, int(most), owners=1)]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)
         self.travelling: list[Apart] = []

@@ -13,7 +13,7 @@ computes with (bf16, or float32), and a word about the update (`_reply.py`). Whe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -84,6 +84,7 @@ class ParameterServer(Synchronizer[Pulled]):
         stages: Of one rank: servers do not hold parts of a model that is cut into stages.
         update: Its states are with the servers.
         compress: What gradients are pushed as.
+        repeated: None.
 
     Collective over `roles.comm`, of which some serve.
     """
@@ -92,8 +93,9 @@ class ParameterServer(Synchronizer[Pulled]):
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], roles: Roles, stages: MPI.Comm,
                  worker: Worker | Inline, *, update: Update, compress: Compress, num_slots: int, dtype: torch.dtype,
-                 bucket_mib: float, reproducible: bool) -> None:
+                 bucket_mib: float, reproducible: bool, repeated: Collection[str] = ()) -> None:
         assert stages.size == 1, "a pipeline has parameters that this rank does not know"
+        assert not repeated, "servers count for the norm whatever they hold"
         visits = (tree_visits if reproducible else running_visits)(num_slots)
         layouts = server_layouts(parameters, decayed, bucket_mib=bucket_mib, servers=roles.servers)
         self.roles, self.reply = roles, Reply()

@@ -20,7 +20,7 @@ would not gather and scatter in step. This is said at the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,8 +50,8 @@ class Sharded(Summing[Shard]):
     """Takes over the memory of `parameters` and keeps it in agreement over all ranks.
 
     Args:
-        parameters, decayed, collective, stages, update, compress, num_slots, dtype, reproducible: As Allreduce. From
-            level 2 on in reproducible mode this rank's slots are `order.turns`, not `order.runs`.
+        parameters, decayed, collective, stages, update, compress, num_slots, dtype, reproducible, repeated: As
+            Allreduce. From level 2 on in reproducible mode this rank's slots are `order.turns`, not `order.runs`.
         bucket_mib: Of buckets at level 1; from level 2 on a bucket is a module.
         level: 1, 2 or 3.
 
@@ -65,8 +65,10 @@ class Sharded(Summing[Shard]):
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], collective: Any,
                  stages: MPI.Comm, worker: Worker | Inline, *, update: Update, compress: Compress, num_slots: int,
-                 dtype: torch.dtype, bucket_mib: float, reproducible: bool, level: int) -> None:
+                 dtype: torch.dtype, bucket_mib: float, reproducible: bool, level: int,
+                 repeated: Collection[str] = ()) -> None:
         self.collective, self.compress, self.dtype, self.states = collective, compress, dtype, update.STATES
+        self.repeated = repeated
         self.level = _possible(level, collective.comm, num_slots)
         self.tally = Tally()
         self.visits = (tree_visits if reproducible else running_visits)(num_slots)
@@ -96,7 +98,7 @@ class Sharded(Summing[Shard]):
         weights: Weights = (
             Gathered(layout.count, own, self.dtype, self.collective, worker, self.tally) if gathers
             else Kept(layout.count, own, self.dtype, self.collective, worker))
-        return Shard(layout, own, gradients, weights, states=self.states)
+        return Shard(layout, own, gradients, weights, states=self.states, repeated=self.repeated)
 
     def _whole(self, layout: Layout, own: slice) -> Whole:
         reduce = self.compress(layout, self.collective, self.collective.reduce_scatter)

@@ -8,8 +8,9 @@ import pytest
 
 from mpilm.bench import _memory
 from mpilm.bench._contenders import CASES
+from mpilm.bench._contest import on_root_quietly, shared_cores
 from mpilm.bench._rounds import Plan, Results, reference
-from mpilm.bench.train import on_root_quietly, shared_cores, table
+from mpilm.bench.train import table
 from mpilm.failure import RankError
 from mpilm.log import UserError
 
@@ -75,7 +76,7 @@ def test_the_cores_of_all_ranks_together(comm):
 
 
 def test_peak_memory_is_seen_though_it_is_gone_later():
-    with _memory.peak_pss([os.getpid()]) as peaks:
+    with _memory.peak([os.getpid()]) as peaks:
         before = _memory.pss(os.getpid())
         for _ in range(20):
             np.ones(64 * MIB, np.uint8).sum()

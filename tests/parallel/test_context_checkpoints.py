@@ -17,7 +17,7 @@ def save(core, shape, directory, number):
     """A checkpoint after so many steps."""
     replicas = core.mesh.replicas
     writer = Writer(directory, core.mesh.comm)
-    writer.save(number, list(pieces(shape, core.sync.runs(replicas.rank, replicas.size))),
+    writer.save(number, list(pieces(core.slices(shape), core.sync.runs(replicas.rank, replicas.size))),
                 describe(TrainState(step=number, applied=core.update.applied), {}))
     writer.wait()
 

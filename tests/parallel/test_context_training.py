@@ -15,7 +15,7 @@ from mpilm.config import Config
 from mpilm.launch import session
 from tests import datasets
 from tests.helpers import everywhere, same_everywhere
-from tests.training_cases import LENGTH, VOCAB, alone, configuration, parallel, train
+from tests.training_cases import LENGTH, VOCAB, alone, apart, configuration, parallel, same, train
 
 LARGEST = 1e-5      # relative difference from the one-rank run in float32
 
@@ -25,18 +25,6 @@ def layouts(comm):
     sizes = [size for size in range(1, comm.size + 1) if comm.size % size == 0]
     return [(pp, cp) for pp, cp in itertools.product(sizes, sizes)
             if comm.size % (pp * cp) == 0 and (cp > 1 or comm.size == 1)]
-
-
-def apart(found, expected):
-    """Largest relative difference: of losses and norms each, of a parameter relative to its largest value."""
-    numbers = [abs(a / b - 1) for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True)]
-    return max(*numbers, *((value - expected[2][name]).abs().max().item() / expected[2][name].abs().max().item()
-                           for name, value in found[2].items()))
-
-
-def same(one, other):
-    """All bits that both hold."""
-    return one[:2] == other[:2] and all(bool((one[2][name] == value).all()) for name, value in other[2].items())
 
 
 def test_three_steps_are_those_of_one_rank(comm):

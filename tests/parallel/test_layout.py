@@ -12,9 +12,10 @@ from mpilm.parallel import layout
 pytestmark = pytest.mark.serial
 
 
-def check(ranks, *, layers=6, tied=False, slots=8, reproducible=True, **parallel):
+def check(ranks, *, layers=6, tied=False, kv_heads=4, vocab_size=500, slots=8, reproducible=True, **parallel):
     """What `layout.check` says of it."""
-    shape = Shape(layers=layers, width=64, heads=4, vocab_size=500, tied_embeddings=tied)
+    shape = Shape(layers=layers, width=64, heads=4, kv_heads=kv_heads, hidden=256, vocab_size=vocab_size,
+                  tied_embeddings=tied)
     config = Config(run=Run(reproducible=reproducible), model=Model(layers=layers, tied_embeddings=tied),
                     data=Data(global_batch_size=slots, micro_batch_size=1), parallel=Parallel(**parallel))
     layout.check(config, shape, ranks)
@@ -34,7 +35,10 @@ def check(ranks, *, layers=6, tied=False, slots=8, reproducible=True, **parallel
     (2, {"pp": 2, "split": "6"}, "blocks of each of the 2 stages, such as 3,3"),
     (2, {"pp": 2, "split": "a,b"}, "such as 3,3"),
     (2, {"pp": 2, "split": "3,4"}, "deals 7 blocks"),
-    (2, {"tp": 2}, "--parallel.tp 2"),
+    (2, {"tp": 2, "vocab_size": 501}, "vocab_size 501 is no multiple of 2; 502 is. .* --parallel.tp may be 1."),
+    (8, {"tp": 4, "kv_heads": 2}, "kv_heads 2 is no multiple of 4; 4 is. .* --parallel.tp may be 1 or 2."),
+    (8, {"tp": 8}, "heads 4 is no multiple of 8; 8 is. .* --parallel.tp may be 1, 2 or 4."),
+    (6, {"tp": 3, "slots": 6, "reproducible": False}, "heads 4 is no multiple of 3; 6 is. .*tp may be 1 or 2."),
     (4, {"cp": 3}, "1 x 3 x 1 .* --parallel.cp may be 1, 2 or 4."),
     (6, {"cp": 3, "slots": 6, "reproducible": False}, "length 256 is no multiple of 6; 258 is. .*cp may be 1 or 2."),
     (8, {"cp": 2, "pp": 8}, "8 x 2 x 1"),
@@ -49,6 +53,7 @@ def test_what_cannot_work_is_refused_with_what_would(ranks, options, said):
     (1, {"tied": True}), (8, {"pp": 8}), (8, {"pp": 4, "schedule": "zb"}), (3, {"pp": 3}),
     (4, {"pp": 4, "schedule": "interleaved", "chunks": 2}), (2, {"pp": 2, "split": "2, 4"}),
     (8, {"cp": 4}), (8, {"cp": 2, "pp": 2}), (2, {"cp": 2, "tied": True}),
+    (2, {"tp": 2, "tied": True}), (8, {"pp": 2, "cp": 2, "tp": 2}),
     (6, {"pp": 2, "slots": 6, "reproducible": False}),
 ])
 def test_what_works_gives_every_unit_to_one_stage(ranks, options):

@@ -56,6 +56,7 @@ def contender(case: Case, place: Place) -> Iterator[Step]:
 
 def _with_server(config: Config, world: World, shape: Shape, decision: Arithmetic, case: Case) -> Step:
     from mpilm import assemble
+    from mpilm.model.slices import Slices
     from mpilm.state import TrainState, initial
 
     roles = assemble.assign(config, world)
@@ -63,7 +64,8 @@ def _with_server(config: Config, world: World, shape: Shape, decision: Arithmeti
         core = assemble.build(config, world, shape, decision, roles)
         assemble.restore(core, shape, config, None)
         return _stepper(core, config, case)
-    server, update = assemble.serve(config, shape, decision, roles, TrainState(), initial(shape, config.run.seed))
+    read = initial(Slices(shape), config.run.seed)
+    server, update = assemble.serve(config, shape, decision, roles, TrainState(), read)
 
     def step() -> float:
         server.serve(update)

@@ -1,0 +1,69 @@
+"""Cross-entropy over a vocabulary that ranks share: none ever has all logits of a token, and two numbers travel.
+
+    rank 0    logits of words    0 ...  511     log of their sum of exponentials, logit of the right word or 0
+    rank 1    logits of words  512 ... 1023     likewise                            -> everyone -> both, over all words
+
+Rows are gone through in chunks (model/head.py); each chunk is one exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mpilm.model import softmax
+from mpilm.model.precision import wide
+from mpilm.parallel.exchange import Exchange, total
+
+
+class Softmax(softmax.Softmax):
+    """Over the words of all ranks, of which `count` are mine. Its methods are collective over those of `exchange`."""
+
+    def __init__(self, exchange: Exchange, count: int) -> None:
+        self.exchange, self.count = exchange, count
+        self.sums: Callable[[Tensor], Tensor] = sums
+        self.weights: Callable[[Tensor, Tensor, float], Tensor] = weights
+
+    def compile(self) -> None:
+        """As softmax.Softmax."""
+        self.sums = torch.compile(self.sums, dynamic=False)
+        self.weights = torch.compile(self.weights, dynamic=False)
+
+    def gradient(self, logits: Tensor, goals: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """As softmax.Softmax, of my words; goals are those of all."""
+        mine, hits = self._hits(goals)
+        over, hit = self._everywhere(logits, mine, hits)
+        gradient, surprises = self.weights(logits, over, 1 / number), over - hit
+        gradient[mine, hits[mine]] = (torch.expm1(-surprises[mine]) / number).to(gradient.dtype)
+        return surprises, gradient
+
+    @torch.no_grad()    # though its caller may record a graph, to run the very code that training compiled
+    def surprise(self, logits: Tensor, goals: Tensor) -> Tensor:
+        """As softmax.Softmax."""
+        over, hit = self._everywhere(logits, *self._hits(goals))
+        return (over - hit).sum()
+
+    def _hits(self, goals: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows whose right word is mine, which of my words that would be for every row)."""
+        at = goals - self.exchange.rank * self.count
+        return ((at >= 0) & (at < self.count)).nonzero()[:, 0], at
+
+    def _everywhere(self, logits: Tensor, mine: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+        """(log of the sum of exponentials over all words, logit of the right word), float32 [rows], on every rank."""
+        over = self.sums(logits)
+        hit = torch.zeros_like(over)
+        hit[mine] = wide(logits[mine, hits[mine]])
+        everyone = self.exchange.gather(torch.stack((over, hit))[None], 0)
+        return everyone[:, 0].logsumexp(0), total(everyone[:, 1])
+
+
+def sums(logits: Tensor) -> Tensor:
+    """Log of the sum of exponentials of my words, float32 [rows]."""
+    return wide(logits).logsumexp(-1)
+
+
+def weights(logits: Tensor, over: Tensor, scale: float) -> Tensor:
+    """Softmax * scale of my words in the logits' dtype, given the log of the sum of exponentials over all."""
+    return ((wide(logits) - over[:, None]).exp() * scale).to(logits.dtype)
