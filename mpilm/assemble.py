@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,35 +12,27 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpilm import arithmetic, menu, resume, room, sync
+from mpilm import arithmetic, connect, menu, resume, room, sync
 from mpilm.arithmetic import Arithmetic
 from mpilm.checkpoint import Reader, Writer
-from mpilm.comm import choose
-from mpilm.comm.collectives import Collective
 from mpilm.comm.mesh import Mesh
-from mpilm.comm.node import Node
 from mpilm.comm.roles import Roles
-from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
 from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
-from mpilm.launch import World, agree, on_root
-from mpilm.log import UserError, warn
+from mpilm.launch import World, on_root
+from mpilm.log import UserError
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
-from mpilm.model.context import WHOLE, Whole
 from mpilm.model.gpt import GPT
 from mpilm.model.shape import Shape
 from mpilm.model.slices import Slices
-from mpilm.model.split import ALONE, Alone
 from mpilm.optim import Update
-from mpilm.parallel import exchange, layout, schedules
-from mpilm.parallel.context import Ring
+from mpilm.parallel import layout, schedules
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
-from mpilm.parallel.tensor import Team
 from mpilm.saver import Elsewhere, Holder, Saver
 from mpilm.server import Serving, meets
 from mpilm.state import Read, TrainState, start, values
@@ -50,8 +42,6 @@ from mpilm.sync._compressed import compressed
 from mpilm.sync._server import Server
 from mpilm.trainer import Trainer
 from mpilm.validation import Validation
-
-FLOAT_BYTES = 4
 
 
 @dataclass
@@ -181,7 +171,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     together = mesh.replicas
     if layout.staleness(config):    # a step is this replica's own
         runs, together = [slots], MPI.COMM_SELF
-    context, split = _context(mesh), _split(config, world, mesh, shape, decision)
+    context, split = connect.context(mesh), connect.split(config, world, mesh, shape, decision)
     parts = [GPT(shape, units, context, split)
              for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
@@ -197,36 +187,15 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     return Core(mesh, slots, parts, synchronizer, stages, Losses(together, runs, mesh.pp), update)
 
 
-def _context(mesh: Mesh) -> Whole:
-    """Whom this rank shares its sequences with; alone it has kernels of its own for them, which keep more and ask less.
-    """
-    return Ring(mesh.cp) if mesh.cp.size > 1 else WHOLE
-
-
-def _split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arithmetic) -> Alone:
-    """Whom this rank shares its layers with. Collective over the mesh."""
-    if mesh.tp.size == 1:
-        return ALONE
-    rows = config.data.micro_batch_size * config.data.sequence_length // mesh.cp.size
-    built, problem = [], None
-    try:
-        built.append(exchange.build(config.sync.collective, mesh.tp, rows=rows, width=shape.width,
-                                    dtype=decision.dtype, reproducible=decision.reproducible))
-    except UserError as error:
-        problem = error
-    agree(mesh.comm, problem)       # teams may be on different nodes
-    return Team(world.owns(built[0]))
-
-
 def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
                 num_slots: int, dtype: torch.dtype, roles: Roles | None = None) -> Synchronizer[Any]:
     """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
     kind = sync.get(config.sync.kind)
     matrices = _matrices(parameters)
     repeated = set(parameters) - matrices if mesh.tp.rank else set()    # vectors are whole on every rank of a team
-    by = roles if roles and roles.servers else _collective(config, world, mesh, parameters.values())
+    by = roles if roles and roles.servers else connect.collective(config, world, mesh, parameters.values())
     synchronizer: Synchronizer[Any] = kind(
-        parameters, matrices, by, mesh.parts, _worker(world, mesh), update=update,
+        parameters, matrices, by, mesh.parts, connect.worker(world, mesh), update=update,
         compress=compressed(config.sync, update), num_slots=num_slots, dtype=dtype, bucket_mib=config.sync.bucket_mib,
         reproducible=config.run.reproducible, repeated=repeated, **menu.options(kind, config.sync))
     return world.owns(synchronizer)
@@ -240,23 +209,6 @@ def _matrices(parameters: dict[str, torch.nn.Parameter]) -> set[str]:
 def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:
     """Name -> parameter of all `parts`, in the order of the forward pass."""
     return {name: parameter for part in parts for name, parameter in part.named_parameters()}
-
-
-def _collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter]) -> Collective:
-    node = world.owns(Node.build(mesh.replicas))
-    return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
-                                   count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
-                                   shared_bytes=room.shared(mesh, node, parameters)))
-
-
-def _worker(world: World, mesh: Mesh) -> Worker | Inline:
-    """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it, and
-    from both at once where the backward pass sends messages too."""
-    level = "MULTIPLE" if mesh.pp.size * mesh.cp.size * mesh.tp.size > 1 else "SERIALIZED"
-    if world.thread_level >= getattr(MPI, f"THREAD_{level}"):
-        return Worker("communication")
-    warn(f"this MPI runs without MPI_THREAD_{level}: gradients are summed after the backward pass, not during it.")
-    return Inline()
 
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:

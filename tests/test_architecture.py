@@ -17,7 +17,7 @@ FLOORS = {
     2: {"parallel", "sync"},
     3: {"checkpoint", "state", "optim"},
     4: {"trainer", "server", "assemble", "hybrid", "sequential", "recovery", "resume", "saver", "validation",
-        "arithmetic", "metrics", "room"},
+        "arithmetic", "metrics", "room", "connect"},
     5: {"train", "evaluate", "generate", "inspect", "plan", "bench"},
 }
 FORBIDDEN = {

@@ -1,0 +1,67 @@
+"""What connects this rank with others, as the configuration has it: whom it shares sequences and layers with, what sums
+gradients over its replicas, and in which thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from mpi4py import MPI
+
+from mpilm import room
+from mpilm.arithmetic import Arithmetic
+from mpilm.comm import choose
+from mpilm.comm.collectives import Collective
+from mpilm.comm.mesh import Mesh
+from mpilm.comm.node import Node
+from mpilm.comm.worker import Inline, Worker
+from mpilm.config import Config
+from mpilm.launch import World, agree
+from mpilm.log import UserError, warn
+from mpilm.model.context import WHOLE, Whole
+from mpilm.model.shape import Shape
+from mpilm.model.split import ALONE, Alone
+from mpilm.parallel import exchange
+from mpilm.parallel.context import Ring
+from mpilm.parallel.tensor import Team
+
+FLOAT_BYTES = 4
+
+
+def context(mesh: Mesh) -> Whole:
+    """Whom this rank shares its sequences with; alone it has kernels of its own for them, which keep more and ask less.
+    """
+    return Ring(mesh.cp) if mesh.cp.size > 1 else WHOLE
+
+
+def split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arithmetic) -> Alone:
+    """Whom this rank shares its layers with. Collective over the mesh."""
+    if mesh.tp.size == 1:
+        return ALONE
+    rows = config.data.micro_batch_size * config.data.sequence_length // mesh.cp.size
+    built, problem = [], None
+    try:
+        built.append(exchange.build(config.sync.collective, mesh.tp, rows=rows, width=shape.width,
+                                    dtype=decision.dtype, reproducible=decision.reproducible))
+    except UserError as error:
+        problem = error
+    agree(mesh.comm, problem)       # teams may be on different nodes
+    return Team(world.owns(built[0]))
+
+
+def collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter]) -> Collective:
+    """What sums gradients over the replicas. Collective over the mesh."""
+    node = world.owns(Node.build(mesh.replicas))
+    return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
+                                   count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
+                                   shared_bytes=room.shared(mesh, node, parameters)))
+
+
+def worker(world: World, mesh: Mesh) -> Worker | Inline:
+    """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it, and
+    from both at once where the backward pass sends messages too."""
+    level = "MULTIPLE" if mesh.pp.size * mesh.cp.size * mesh.tp.size > 1 else "SERIALIZED"
+    if world.thread_level >= getattr(MPI, f"THREAD_{level}"):
+        return Worker("communication")
+    warn(f"this MPI runs without MPI_THREAD_{level}: gradients are summed after the backward pass, not during it.")
+    return Inline()
