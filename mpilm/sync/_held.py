@@ -51,8 +51,8 @@ class Held(Segment):
         count = self.own.stop - self.own.start
         self.roles, self.rule, self.compress = roles, rule, compress
         places = roles.places(layout.count, wanted=compress.way is None)
-        self.incoming = [Arrival(arrays.zeros(count, np.float32) if place is None else place[self.own], compress.codec,
-                                 seen=place is not None) for place in places]
+        self.incoming = [Arrival(arrays.zeros(count, np.float32) if place is None else place[self.own],
+                                 layout.runs_in(self.own), compress.codec, seen=place is not None) for place in places]
         self.requests: list[list[MPI.Request]] = [[] for _ in self.incoming]
         self.sends = p2p.Ledger()
         self.masters = torch.from_numpy(arrays.zeros(count, np.float32))

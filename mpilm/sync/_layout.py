@@ -64,6 +64,16 @@ class Layout:
         cuts = [(m, max(share.start, m.start), min(share.stop, m.start + m.count)) for m in self.members]
         return [(member, start, stop) for member, start, stop in cuts if start < stop]
 
+    def runs_in(self, share: slice) -> list[slice]:
+        """Where in `share` members are, counted from its beginning; members without a gap between them are one run."""
+        runs: list[slice] = []
+        for _, start, stop in self.members_in(share):
+            if runs and runs[-1].stop == start - share.start:
+                runs[-1] = slice(runs[-1].start, stop - share.start)
+            else:
+                runs.append(slice(start - share.start, stop - share.start))
+        return runs
+
     def gaps(self) -> list[slice]:
         """What lies between members and after the last one."""
         stops = [0, *(member.start + member.count for member in self.members)]

@@ -10,7 +10,7 @@ Both ends know how many updates have been made when a worker got its parameters,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch
 from mpilm.comm import arrays
 from mpilm.sync._layout import Layout, described, lay_out
 from mpilm.sync.compress import Codec
+from mpilm.sync.compress._packed import Packed
 
 FLOAT_BYTES = 4
 
@@ -33,20 +34,21 @@ class Push:
 
     Args:
         gradients: Float32, where they will be each time.
+        runs: Where among them there are any.
         seen: The server sees them there.
     """
 
-    def __init__(self, gradients: np.ndarray, codec: Codec | None, *, seen: bool) -> None:
+    def __init__(self, gradients: np.ndarray, runs: Sequence[slice], codec: Codec | None, *, seen: bool) -> None:
         self.gradients, self.codec, self.seen = gradients, codec, seen
-        self.values = torch.from_numpy(gradients)
-        self.lost = torch.zeros(self.values.numel() if codec else 0)
-        self.data = np.empty(codec.size(self.values.numel()) if codec else 0, np.uint8)
+        self.packed = Packed(runs if codec else ())
+        self.lost = torch.zeros(self.packed.count)
+        self.data = np.empty(codec.size(self.packed.count) if codec else 0, np.uint8)
 
     def messages(self, *, coded: bool) -> list[np.ndarray]:
         """What is sent of the gradients that are there now."""
         if not coded or self.codec is None:
             return [self.gradients[:0]] if self.seen else arrays.messages(self.gradients)
-        self.codec.squeeze(self.values, self.lost, self.data)
+        self.codec.squeeze(self.packed.gather(torch.from_numpy(self.gradients)), self.lost, self.data)
         if not torch.isfinite(self.lost.sum()):     # of gradients that were not finite; this update will be skipped
             self.lost.zero_()
         return arrays.messages(self.data)
@@ -59,9 +61,10 @@ class Arrival:
         gradients: Where they are to be when `take` has been called.
     """
 
-    def __init__(self, gradients: np.ndarray, codec: Codec | None, *, seen: bool) -> None:
+    def __init__(self, gradients: np.ndarray, runs: Sequence[slice], codec: Codec | None, *, seen: bool) -> None:
         self.gradients, self.codec, self.seen = gradients, codec, seen
-        self.data = np.empty(codec.size(gradients.size) if codec else 0, np.uint8)
+        self.packed = Packed(runs if codec else ())
+        self.data = np.empty(codec.size(self.packed.count) if codec else 0, np.uint8)
         self.coded = False
 
     def messages(self, *, coded: bool) -> list[np.ndarray]:
@@ -74,7 +77,9 @@ class Arrival:
     def take(self) -> np.ndarray:
         """The gradients, once all messages are here."""
         if self.coded and self.codec:
-            self.codec.decode(self.data, torch.from_numpy(self.gradients))
+            flat = torch.from_numpy(self.gradients)
+            self.codec.decode(self.data, self.packed.room(flat))
+            self.packed.spread(flat)
         return self.gradients
 
     @property

@@ -54,7 +54,7 @@ class Pulled:
         shared = roles.places(layout.count, wanted=compress.way is None)[roles.side.rank]
         self.gradients = Whole(layout, lambda count, dtype: arrays.zeros(count, dtype) if shared is None else shared,
                                self._push, slice(0, layout.count), visits)
-        self.pushes = [Push(self.gradients.reduced[piece], compress.codec,
+        self.pushes = [Push(self.gradients.reduced[piece], layout.runs_in(piece), compress.codec,
                             seen=shared is not None and roles.near(server)) for server, piece in enumerate(self.cut)]
 
     def depart(self, slot: int, *, last: bool) -> Callable[[], None]:

@@ -11,12 +11,14 @@ from mpi4py import MPI
 
 from mpilm import assemble
 from mpilm.arithmetic import Arithmetic
-from mpilm.comm import order
+from mpilm.comm import collectives, order
+from mpilm.comm.node import Node
 from mpilm.comm.p2p import Traffic
 from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.log import UserError
 from mpilm.sync import compress
+from mpilm.sync._layout import Parameter, lay_out
 from mpilm.sync.compress._exchange import Exchange
 from tests.helpers import everywhere, same_everywhere
 from tests.training_cases import LENGTH, VOCAB, configuration, windows
@@ -152,6 +154,29 @@ def test_without_compression_it_is_the_sum_in_tree_order(comm: MPI.Comm):
     for into, other in order.tree(comm.size):
         values[into] = values[into] + values[other]
     everywhere(comm, np.array_equal(buffer, values[0].numpy()), "the sum")
+
+
+def test_gaps_between_parameters_do_not_enter(name, comm: MPI.Comm):
+    """They stay zero, which nobody overwrites from step to step; values are sums as if there were none."""
+    sizes = [Parameter("a", 300, True), Parameter("b", 3 * order.BLOCK, True), Parameter("c", 7, True)]
+    layout, = lay_out(sizes, 1 << 20, owners=1)
+    node = Node.build(comm)
+    ring = collectives.get("ring")(comm, node)
+    codec, count = compress.get(name)(), sum(parameter.count for parameter in sizes)
+    reduce, beside = codec.over(ring, layout), Exchange(codec, comm, count)
+    buffer = np.zeros(layout.count, np.float32)
+    runs = layout.runs_in(slice(0, layout.count))
+    assert len(runs) == 2, "b and what follows it lie side by side"
+    for step in range(3):
+        packed = draw(count, 4, comm.rank, step).numpy()
+        for run, part in zip(runs, np.split(packed, [runs[0].stop - runs[0].start]), strict=True):
+            buffer[run] = part
+        reduce(buffer)
+        beside.reduce(packed)
+        everywhere(comm, np.array_equal(np.concatenate([buffer[run] for run in runs]), packed), f"step {step}")
+        everywhere(comm, not any(buffer[gap].any() for gap in layout.gaps()), "gaps")
+    ring.free()
+    node.free()
 
 
 def test_the_bytes_sent_are_those_of_the_code(name, comm: MPI.Comm):

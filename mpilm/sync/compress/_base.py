@@ -22,6 +22,7 @@ from torch import Tensor
 from mpilm.comm.collectives import Collective
 from mpilm.sync._layout import Layout
 from mpilm.sync.compress._exchange import Exchange
+from mpilm.sync.compress._packed import Packed
 
 CHUNK = 1 << 16     # values: 256 KiB, half of a second-level cache; and a position in it fits two bytes
 
@@ -49,7 +50,14 @@ class Codec(Way):
 
     def over(self, collective: Collective, layout: Layout) -> Callable[[np.ndarray], None]:
         """As Way: encoded segments go to their owners, and encoded sums to everyone."""
-        return Exchange(self, collective.comm, layout.count).reduce
+        packed = Packed(layout.runs_in(slice(0, layout.count)))
+        exchange = Exchange(self, collective.comm, packed.count)
+
+        def reduce(buffer: np.ndarray) -> None:
+            flat = torch.from_numpy(buffer)
+            exchange.reduce(packed.gather(flat).numpy())
+            packed.spread(flat)
+        return reduce
 
     @abstractmethod
     def chunk_size(self, count: int) -> int:
