@@ -82,7 +82,7 @@ def test_the_size_of_buckets_does_not_change_bits(precision):
 def test_without_a_second_thread_the_bits_are_the_same(monkeypatch):
     """An MPI that is called from one thread only sums after the backward pass instead of beside it."""
     beside = parallel(configuration())
-    monkeypatch.setattr(assemble, "_worker", lambda world, mesh: Inline())
+    monkeypatch.setattr(connect, "worker", lambda world, mesh: Inline())
     after = parallel(configuration())
     assert after[:2] == beside[:2]
     assert all(torch.equal(after[2][name], value) for name, value in beside[2].items())
