@@ -54,8 +54,8 @@ def _unusable(comm: MPI.Comm, node: Node, shared_bytes: int) -> tuple[str, ...]:
     rooms = comm.allgather(node.room())
     if min(rooms) > shared_bytes:
         return ()
-    warn(f"The ranks of a node can share {min(rooms) / 2**20:.0f} MiB (by {', '.join(node.ways)}), and gradients and "
-         f"parameters take {shared_bytes / 2**20:.0f} MiB, so --sync.collective shared is left out.")
+    warn(f"The ranks of a node can share {min(rooms) / 2**20:.0f} MiB (by {', '.join(node.ways)}), and "
+         f"{shared_bytes / 2**20:.3g} MiB are needed, so --sync.collective shared is left out.")
     return ("shared",)
 
 

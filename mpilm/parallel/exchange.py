@@ -58,16 +58,18 @@ def build(name: str, comm: MPI.Comm, *, rows: int, width: int, dtype: torch.dtyp
     """
     node, sum_bytes = Node.build(comm), torch.promote_types(dtype, torch.float32).itemsize
     nbytes = max(rows * max(width * dtype.itemsize, 2 * sum_bytes), width * sum_bytes)
-    if node.num_nodes == 1 and name in ("auto", "shared"):
+    shared_bytes = TURNS * comm.size * nbytes
+    if node.num_nodes == 1 and name in ("auto", "shared") and node.room() > shared_bytes:
         return Memory(node, nbytes)
-    return Messages(choose.build(name, comm, node, count=nbytes // FLOAT_BYTES, reproducible=reproducible), node)
+    return Messages(choose.build(name, comm, node, count=nbytes // FLOAT_BYTES, reproducible=reproducible,
+                                 shared_bytes=shared_bytes), node)
 
 
 class Memory:
     """Through memory that the ranks of a node share.
 
-        scatter     write x into my part       meet     add up my share of everyone's part
-        gather      write x into its place     meet     copy the whole
+        gather      write x into its place                  meet     copy the whole
+        scatter     write the others' parts of x for them   meet     add what they wrote for me to my own part
 
     Two halves of the memory are used in turns: who has met the others in one half knows that all have left the other.
     So one meeting is enough. Each says what it is there for: ranks that are not in the same place would read nonsense.
@@ -90,11 +92,17 @@ class Memory:
         return whole.clone()
 
     def scatter(self, x: Tensor, dim: int) -> Tensor:
-        """As Exchange, in the order of ranks."""
-        parts = self._half(x.nbytes * self.size).view(x.dtype).view(self.size, *x.shape)
-        parts[self.rank].copy_(x)
+        """As Exchange, along the tree over ranks."""
+        given = x.chunk(self.size, dim)
+        # [whose part, of whose x, ...]; my part of my own x stays where it is
+        parts = self._half(x.nbytes * self.size).view(x.dtype).view(self.size, self.size, *given[0].shape)
+        for owner, part in enumerate(given):
+            if owner != self.rank:
+                parts[owner, self.rank].copy_(part)
         self._meet(-x.nbytes)
-        return total(parts.chunk(self.size, dim + 1)[self.rank])
+        summands = list(parts[self.rank])
+        summands[self.rank] = given[self.rank]
+        return total(summands)
 
     def _half(self, nbytes: int) -> Tensor:
         """The first bytes of the half that it is the turn of."""
@@ -154,9 +162,11 @@ class Messages:
         self.node.free()
 
 
-def total(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, in its order, rounded once."""
-    summed = parts[0].to(exact_dtype(parts), copy=True)
-    for part in parts[1:]:
-        summed.add_(part)
-    return summed.to(parts.dtype)
+def total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum along the tree over `parts`, rounded once: what a collective of fixed order makes of them too."""
+    if len(parts) == 2:     # rounded once in any dtype, and in one go
+        return parts[0] + parts[1]
+    values = [part.to(exact_dtype(part), copy=True) for part in parts]
+    for into, other in order.tree(len(parts)):
+        values[into].add_(values[other])
+    return values[0].to(parts[0].dtype)

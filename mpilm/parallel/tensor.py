@@ -112,7 +112,7 @@ class _Common(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return total(torch.ops.mpilm.gather(gradients[0][None], ctx.team, 0)), None
+        return total(torch.ops.mpilm.gather(gradients[0][None], ctx.team, 0).unbind()), None
 
 
 def _gather(x: Tensor, team: int, dim: int) -> Tensor:

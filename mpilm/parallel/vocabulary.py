@@ -56,7 +56,7 @@ class Softmax(softmax.Softmax):
         hit = torch.zeros_like(over)
         hit[mine] = wide(logits[mine, hits[mine]])
         everyone = self.exchange.gather(torch.stack((over, hit))[None], 0)
-        return everyone[:, 0].logsumexp(0), total(everyone[:, 1])
+        return everyone[:, 0].logsumexp(0), total(everyone[:, 1].unbind())
 
 
 def sums(logits: Tensor) -> Tensor:
