@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpilm import assemble, sync
+from mpilm import assemble, connect, sync
 from mpilm.arithmetic import Arithmetic
 from mpilm.comm import collectives
 from mpilm.comm.worker import Inline
