@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from tests.parallel.test_context_training import validation_loss
 from tests.parallel.test_tensor import mine as of_team
 from tests.sync.test_resharding import step
 from tests.training_cases import DIVISIBLE, STEPS, alone, apart, build, divisible, parallel, same
+from tests.training_cases import train as train_on
 
 LARGEST = 1e-5      # relative difference from the one-rank run in float32
 
@@ -83,6 +86,24 @@ def test_rings_of_teams(comm):
     config = divisible(cp=2, tp=2)
     found = train(config)
     everywhere(comm, apart(found, mine(expected, config, comm.rank % 2, 2)) < LARGEST)
+
+
+@pytest.mark.ranks(min=4, max=4)
+def test_replicas_that_train_by_themselves_may_be_teams(comm):
+    """Two of them, averaged after every second of three steps: as two replicas of one rank each."""
+    def local(**options):
+        config = divisible(reproducible=False, **options)
+        config.sync.kind, config.sync.every = "local_sgd", 2
+        return config
+
+    with session() as world:
+        pair = world.owns(dataclasses.replace(world, comm=world.comm.Split(world.rank % 2), rank=world.rank // 2,
+                                              size=2, _owned=ExitStack()))
+        expected = train_on(local(), pair, precision="fp32")
+        world.comm.Barrier()
+    found = train(local(tp=2))
+    difference = apart(found, mine(expected, local(), comm.rank % 2, 2))
+    everywhere(comm, difference < LARGEST, f"{difference}")
 
 
 @pytest.mark.slow
