@@ -31,7 +31,7 @@ os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # for one-sided messages, which n
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
 
-from mpilm import failure, placement, startup  # noqa: E402
+from mpilm import failure, log, placement, startup  # noqa: E402
 
 startup.start_mpi(placement.launcher(os.environ))
 
@@ -106,6 +106,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Collective parts of fixtures, here where all ranks are: one may fail before it gets to the fixture itself."""
+    log.setup(0)    # an earlier test's session has made ranks quiet
     if "comm" in item.fixturenames:
         item.stash[COMM] = WORLD.Dup()
     if "tmp_path_all" in item.fixturenames:

@@ -33,7 +33,7 @@ DEEP = Shape(layers=14, width=256, heads=8, hidden=704, vocab_size=1024)
 def measured(config, shape, precision):
     """Bytes that each rank's synchronizer holds after a step, of the rank that holds most."""
     with session() as world:
-        core = assemble.build(config, world, shape, Arithmetic(precision, False, 1, 1, True, "", ""))
+        core = assemble.build(config, world, shape, Arithmetic(precision, False, 1, 1, config.run.reproducible, "", ""))
         assemble.restore(core, shape, config, None)
         tokens = np.zeros((len(core.slots), config.data.micro_batch_size, config.data.sequence_length), np.int64)
         core.pipeline.run(Batch(tokens, tokens, None))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpilm import assemble
+from mpilm import assemble, connect
 from mpilm.comm import arrays
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline
@@ -65,7 +65,7 @@ def test_long_gradients_are_sent_in_pieces(comm, monkeypatch):
 
 def test_without_a_second_thread_the_bits_are_the_same(comm, monkeypatch):
     """Gradients are pushed after the backward pass then."""
-    monkeypatch.setattr(assemble, "_worker", lambda world, mesh: Inline())
+    monkeypatch.setattr(connect, "worker", lambda world, mesh: Inline())
     everywhere(comm, same(alone(configuration()), server_cases.train(with_servers(1))))
 
 
