@@ -126,9 +126,11 @@ class Apart(Bucket):
         return f"{name}_of_{self.collective.comm.size}"
 
     def average(self) -> Tensor:
-        """The average of all replicas' masters; the anchor, to the bit, where nobody has moved from it."""
+        """The average of all replicas' masters, with the bits that `runs` has; the anchor, to the bit, where nobody has
+        moved from it."""
         difference = (self.anchor - self.masters).mul_(self.share)
-        self.collective.allreduce(difference.numpy())
+        self.collective.reduce_scatter(difference.numpy())
+        self.collective.allgather(difference.numpy())
         return self.anchor - difference
 
     def runs(self, *, together: bool) -> list[Run]:
