@@ -51,3 +51,11 @@ def _write(directory: Path, split: str, digest: str, texts: list[np.ndarray]) ->
     index = _format.Index(VOCAB_SIZE, END_OF_TEXT, digest, {"train": [sketch], "validation": [sketch]})
     values = _shardfile.attributes(index, split, 0, first_document=0)
     return _shardfile.write(directory / _format.shard_name(split, 0), values, [tokens], starts)
+
+
+def for_all(comm, directory):
+    """`small`, written by rank 0; returns when all ranks see it."""
+    if comm.rank == 0:
+        small(directory)
+    comm.Barrier()
+    return directory

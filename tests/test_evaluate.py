@@ -19,10 +19,7 @@ from tests.training_cases import configuration
 def test_a_large_split_goes_through_memory_in_pieces(comm, monkeypatch, tmp_path_all):
     """The loss has the same bits for any pieces and any number of ranks."""
     config = configuration(micro_batch_size=2)
-    if comm.rank == 0:
-        datasets.small(tmp_path_all / "data")
-    comm.Barrier()
-    config.data.path, config.log.validation_sequences = str(tmp_path_all / "data"), 57
+    config.data.path, config.log.validation_sequences = str(datasets.for_all(comm, tmp_path_all / "data")), 57
     model = GPT(assemble.shape_of(config, datasets.VOCAB_SIZE))
     model.initialize(seed=1)
     losses = set()

@@ -59,10 +59,7 @@ def forget(comm, directory, after):
 @pytest.fixture
 def data(comm, tmp_path_all):
     """A small dataset."""
-    if comm.rank == 0:
-        datasets.small(tmp_path_all / "data")
-    comm.Barrier()
-    return tmp_path_all / "data"
+    return datasets.for_all(comm, tmp_path_all / "data")
 
 
 @pytest.mark.ranks(min=2, max=3)

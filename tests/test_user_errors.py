@@ -96,10 +96,7 @@ def test_a_file_with_a_mistake_is_named(tmp_path, content, named):
 @pytest.fixture
 def data(comm, tmp_path_all):
     """A small dataset that all ranks see."""
-    if comm.rank == 0:
-        datasets.small(tmp_path_all / "data")
-    comm.Barrier()
-    return tmp_path_all / "data"
+    return datasets.for_all(comm, tmp_path_all / "data")
 
 
 @pytest.mark.ranks(min=2, max=2)

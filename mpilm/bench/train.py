@@ -25,19 +25,7 @@ OURS = ("mpilm", "mpilm-reproducible")
 
 
 def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, rounds: int, steps: int) -> str:
-    """Measure; returns a table with ratios to ddp and to the best peer. Collective over `comm`.
-
-    Args:
-        comm: Its ranks' cores are what every contender gets; all on one machine.
-        emit: Gets (case, who, value, unit).
-        case: Names of cases, with commas between.
-        who: Names of contenders, with commas between.
-        rounds: Turns of every contender.
-        steps: Timed steps of a turn.
-
-    Raises:
-        UserError: An unknown case or contender, or ranks on several machines.
-    """
+    """Measure, as `contest` does; returns a table with ratios to ddp and to the best peer. Collective over `comm`."""
     cases, whos = parse_cases(case), [_contenders.parse(name) for name in who.split(",")]
     plan, cores = Plan(rounds=rounds, steps=steps), shared_cores(comm)
     return "\n\n".join(_one_case(comm, emit, one, whos, plan, cores) for one in cases)

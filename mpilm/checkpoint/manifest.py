@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.checkpoint.pieces import CODES, DTYPES, MAX_DIMENSIONS, NAME, Piece, elements, fit
+from mpilm.checkpoint.pieces import CODES, DTYPES, MAX_DIMENSIONS, NAME, Columns, Piece, elements, fit
 from mpilm.log import UserError
 
 FILE = "manifest.json"
@@ -33,8 +33,6 @@ VERSION = 1
 MAX_BYTES = 1 << 28
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\.safetensors")
 
-
-Columns = tuple[int, int]
 
 
 class DamagedError(UserError):

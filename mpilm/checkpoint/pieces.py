@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+Columns = tuple[int, int]   # first and last + 1
 MAX_DIMENSIONS = 32
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,511}")
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -47,7 +48,7 @@ class Piece:
     shape: tuple[int, ...]
     start: int
     array: np.ndarray
-    columns: tuple[int, int] | None = None
+    columns: Columns | None = None
 
     def __post_init__(self) -> None:
         assert NAME.fullmatch(self.name), f"{self.name!r}: not a tensor's name"
@@ -84,12 +85,12 @@ class Piece:
         return self.shape if self.whole else (self.array.size,)
 
 
-def fit(columns: tuple[int, int], shape: Sequence[int]) -> bool:
+def fit(columns: Columns, shape: Sequence[int]) -> bool:
     """Whether there are such columns."""
     return len(shape) == 2 and 0 <= columns[0] < columns[1] <= shape[1]
 
 
-def elements(shape: Sequence[int], columns: tuple[int, int] | None) -> int:
+def elements(shape: Sequence[int], columns: Columns | None) -> int:
     """Of a tensor, or of some columns of a matrix."""
     return prod(shape) if columns is None else shape[0] * (columns[1] - columns[0])
 

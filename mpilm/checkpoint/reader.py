@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from mpilm.checkpoint import manifest, retention, tensorfile
-from mpilm.checkpoint.manifest import Columns, DamagedError, Manifest, Run, Tensor
-from mpilm.checkpoint.pieces import elements
+from mpilm.checkpoint.manifest import DamagedError, Manifest, Run, Tensor
+from mpilm.checkpoint.pieces import Columns, elements
 from mpilm.checkpoint.rectangles import Rectangle, rectangles
 from mpilm.log import UserError
 

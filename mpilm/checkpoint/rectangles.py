@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-Columns = tuple[int, int]
+from mpilm.checkpoint.pieces import Columns
 
 
 @dataclass(frozen=True)

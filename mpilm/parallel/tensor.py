@@ -1,6 +1,6 @@
 """Tensor parallelism: the ranks of a team share every layer; each has a size-th of its matrices and of the tokens.
 
-    team = Team(exchange.build("auto", mesh.tp, nbytes=...))
+    team = Team(exchange.build("auto", mesh.tp, rows=batch * tokens, width=width, dtype=torch.bfloat16))
     part = GPT(shape, units, context, team)
 
 A block is two pairs of matrices. The first of a pair is held by outputs (columns of x W^T: heads, hidden elements), the

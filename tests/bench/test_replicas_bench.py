@@ -18,11 +18,9 @@ TINY = Size(layers=1, width=32, sequence_length=16, sequences=4)
 @pytest.fixture
 def data(comm, tmp_path_all, monkeypatch):
     """A small dataset in place of the built-in corpus, and small models."""
-    if comm.rank == 0:
-        datasets.small(tmp_path_all / "data")
-    comm.Barrier()
+    path = str(datasets.for_all(comm, tmp_path_all / "data"))
     for module in (quality, slow):
-        monkeypatch.setattr(module, "built_in", lambda world: str(tmp_path_all / "data"))
+        monkeypatch.setattr(module, "built_in", lambda world: path)
     monkeypatch.setattr(quality, "SMALL", TINY)
     monkeypatch.setattr(slow, "LARGE", TINY)
 

@@ -67,7 +67,7 @@ def test_a_pipeline_of_rings_has_the_bits_of_a_ring(comm):
 @pytest.fixture
 def data(tmp_path_all, comm):
     """One small dataset, for all ranks."""
-    return comm.bcast(str(datasets.small(tmp_path_all)) if comm.rank == 0 else None)
+    return str(datasets.for_all(comm, tmp_path_all))
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -118,14 +118,12 @@ def test_compiled_code_goes_on_through_exchanges(comm):
 
 def test_validation_has_the_value_of_one_rank(comm, tmp_path_all):
     """Over the same teams as training."""
-    if comm.rank == 0:
-        datasets.small(tmp_path_all)
-    comm.Barrier()
+    data = str(datasets.for_all(comm, tmp_path_all))
     losses = []
     for tp in (1, comm.size):
         config = divisible(tp=tp)
         config.model.vocab_size = 24 * -(-datasets.VOCAB_SIZE // 24)
-        config.data.path, config.log.validation_sequences = str(tmp_path_all), 10
+        config.data.path, config.log.validation_sequences = data, 10
         losses.append(validation_loss(config))
     everywhere(comm, abs(losses[1] / losses[0] - 1) < LARGEST, str(losses))
     same_everywhere(comm, np.array(losses))

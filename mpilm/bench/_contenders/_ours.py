@@ -2,6 +2,8 @@
 
     with training(configuration(case, micro_batches=2, ...), case) as (core, batches):
         yield lambda: step(core, batches)
+
+`decided` and `begun` are what it is made of, for contenders whose ranks do not all train.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from mpilm.config import Config, Data, Model, Optim, Run
 if TYPE_CHECKING:
     import numpy as np
 
+    from mpilm.arithmetic import Arithmetic
     from mpilm.assemble import Core
     from mpilm.data.loader import Batch
+    from mpilm.launch import World
+    from mpilm.model.shape import Shape
 
 NUM_BATCHES = 8
 
@@ -44,19 +49,32 @@ def training(config: Config, case: Case) -> Iterator[tuple[Core, Iterator[Batch]
     from mpilm.launch import session
 
     with session() as world:
-        import numpy as np
+        from mpilm import assemble
 
-        from mpilm import arithmetic, assemble
-        from mpilm.data.loader import Batch
+        shape, decision = decided(config, world, case)
+        yield begun(assemble.build(config, world, shape, decision), config, case)
 
-        shape = assemble.shape_of(config, case.vocab_size)
-        decision, _ = arithmetic.decide(config, world, shape, {})
-        core = assemble.build(config, world, shape, decision)
-        assemble.restore(core, shape, config, None)
-        draw = np.random.default_rng(core.mesh.dp.rank)
-        dimensions = (len(core.slots), config.data.micro_batch_size, case.sequence_length + 1)
-        drawn = [draw.integers(case.vocab_size, size=dimensions) for _ in range(NUM_BATCHES)]
-        yield core, cycle(Batch(tokens[..., :-1], tokens[..., 1:], None) for tokens in drawn)
+
+def decided(config: Config, world: World, case: Case) -> tuple[Shape, Arithmetic]:
+    """The model's shape, and how it is computed. Collective over the world."""
+    from mpilm import arithmetic, assemble
+
+    shape = assemble.shape_of(config, case.vocab_size)
+    return shape, arithmetic.decide(config, world, shape, {})[0]
+
+
+def begun(core: Core, config: Config, case: Case) -> tuple[Core, Iterator[Batch]]:
+    """With initial weights, and its batches. Collective over those who train, and whoever serves them."""
+    import numpy as np
+
+    from mpilm import assemble
+    from mpilm.data.loader import Batch
+
+    assemble.restore(core, assemble.shape_of(config, case.vocab_size), config, None)
+    draw = np.random.default_rng(core.mesh.dp.rank)
+    dimensions = (len(core.slots), config.data.micro_batch_size, case.sequence_length + 1)
+    drawn = [draw.integers(case.vocab_size, size=dimensions) for _ in range(NUM_BATCHES)]
+    return core, cycle(Batch(tokens[..., :-1], tokens[..., 1:], None) for tokens in drawn)
 
 
 def update(core: Core, losses: np.ndarray) -> float:
