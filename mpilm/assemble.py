@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpilm import arithmetic, connect, menu, resume, room, sync
+from mpilm import arithmetic, connect, menu, resume, room, sync, ulfm
 from mpilm.arithmetic import Arithmetic
 from mpilm.checkpoint import Reader, Writer
 from mpilm.comm.mesh import Mesh
@@ -35,12 +35,13 @@ from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Holder, Saver
 from mpilm.server import Serving, meets
-from mpilm.state import Read, TrainState, start, values
+from mpilm.state import Past, Read, TrainState, start, values
 from mpilm.sync import Synchronizer
 from mpilm.sync._clocks import Clocks
 from mpilm.sync._compressed import compressed
 from mpilm.sync._server import Server
 from mpilm.trainer import Trainer
+from mpilm.ulfm import Commit
 from mpilm.validation import Validation
 
 
@@ -65,8 +66,11 @@ class Core:
         return Slices(shape, self.mesh.tp.rank, self.mesh.tp.size)
 
 
-def program(config: Config, world: World) -> Trainer | Serving:
+def program(config: Config, world: World, past: Past | None = None) -> Trainer | Serving:
     """The whole program, at the step where it goes on: a trainer, or what a server does. Collective over `world.comm`.
+
+    Args:
+        past: Of the same job, before ranks died: the run goes on from its newest checkpoint whatever `run.resume` says.
 
     Raises:
         UserError: On every rank, for whatever of the configuration, data or checkpoint can't be used.
@@ -75,11 +79,12 @@ def program(config: Config, world: World) -> Trainer | Serving:
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
     room.check(shape, world)
-    reader = resume.find(config, world.comm)
+    reader = resume.find(config, world.comm) if past is None else resume.again(config, world.comm)
+    past = past or Past()
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
         resume.check(reader, shape=asdict(shape), data=about_data, config=config)
-    decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else {})
+    decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else past.arithmetic)
     on_root(world.comm, lambda: write_bytes(Path(config.run.dir) / "config.toml", config.to_toml().encode()))
     about = {"shape": asdict(shape), "data": {**about_data, "tokenizer": dataset.tokenizer_hash},
              "config": config.to_dict(), "arithmetic": decision.to_dict(),
@@ -97,10 +102,16 @@ def program(config: Config, world: World) -> Trainer | Serving:
         loader=_loader(config, dataset, core.slots),
         losses=core.losses,
         validation=_validation(config, core),
-        metrics=_metrics(config, core.mesh.comm, state),
+        metrics=_metrics(config, core.mesh.comm, step=state.step - (past.owed is not None)), owed=past.owed,
+        mesh=core.mesh, commit=_commit(world, core.mesh, roles),
         saver=Elsewhere() if roles.servers else _saver(
             config, world, roles.side, core.sync, core.mesh.replicas, core.slices(shape), about, reader=reader),
         flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)
+
+
+def _commit(world: World, mesh: Mesh, roles: Roles) -> Commit:
+    """Workers of servers are not all at the same step."""
+    return Commit(world.dup("commit", mesh.comm) if ulfm.active() and not roles.servers else None)
 
 
 def open_split(config: Config, split: str) -> Dataset:
@@ -247,8 +258,8 @@ def validation(config: Config, stages: Pipeline, comm: Any, *, share: int = 1,
                       mask_documents=data.mask_documents, share=share, averaged=averaged)
 
 
-def _metrics(config: Config, comm: MPI.Comm, state: TrainState) -> Metrics:
-    metrics = Metrics(Path(config.run.dir), step=state.step, steps=config.run.steps, tensorboard=config.log.tensorboard)
+def _metrics(config: Config, comm: MPI.Comm, *, step: int) -> Metrics:
+    metrics = Metrics(Path(config.run.dir), step=step, steps=config.run.steps, tensorboard=config.log.tensorboard)
     on_root(comm, metrics.open)
     return metrics
 

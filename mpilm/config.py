@@ -26,6 +26,8 @@ class Run:
         precision: Arithmetic of the model: `auto` takes bf16 where it is measurably faster.
         compile: torch.compile: `auto` where the run is long enough to pay for it.
         threads: Threads of a rank; 0: one in reproducible mode, else the rank's share of the cores.
+        spares: Ranks that wait to step in for those that die, where the launcher lets the others go on (mpirun
+            --with-ft ulfm).
         max_skipped: End the run after so many steps in a row with a NaN or infinite gradient.
     """
 
@@ -37,6 +39,7 @@ class Run:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Auto = "auto"
     threads: int = 0
+    spares: int = 0
     max_skipped: int = 10
 
 

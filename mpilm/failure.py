@@ -4,6 +4,7 @@
     UserError on every rank                 the message, once, without a traceback; every rank exits with code 2
     UserError on some ranks only            after a moment's grace the same message, labelled, then MPI_Abort: code 2
     a file system that refuses              as a UserError: a full disk is no bug of the program
+    EndError on every rank                  the words, once; every rank exits with its code
     a non-zero SystemExit                   labelled, then MPI_Abort with its code
     Ctrl-C                                  "interrupted"; code 130
 
@@ -42,6 +43,14 @@ STDERR = 2
 # What a file system says for reasons of its own. ENOENT is not among them: that may well be our mistake.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM,
             errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EMFILE, errno.ENFILE}
+
+
+class EndError(Exception):
+    """All ranks end here, with an exit code and words for it that are no error. Raised on all of them."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class RankError(RuntimeError):
@@ -145,6 +154,8 @@ class Guard:
             self._leave(0, None, grace_s=float("inf"))
         elif mistake := as_mistake(error):
             self._leave(USER_ERROR, f"error: {mistake}", grace_s=GRACE_S)
+        elif isinstance(error, EndError):
+            self._leave(error.code, str(error), grace_s=GRACE_S)
         elif isinstance(error, KeyboardInterrupt):
             self._leave(INTERRUPTED, "interrupted", grace_s=GRACE_S)
         elif isinstance(error, SystemExit):
@@ -154,18 +165,26 @@ class Guard:
                 time.sleep(GRACE_S)  # the rank that knows more speaks first, and ends us all
             self._abort(1, _traceback(error))
 
-    def _leave(self, code: int, text: str | None, *, grace_s: float) -> None:
+    def _verdicts(self, code: int, text: str | None, *, grace_s: float) -> list[tuple[int, str | None]]:
         gate, deadline = self.comm.Ibarrier(), time.monotonic() + grace_s
         while not gate.Test():
             if time.monotonic() > deadline:
                 self._abort(code, text or "")
             time.sleep(0.002)
-        verdicts = self.comm.allgather((code, text))
+        return self.comm.allgather((code, text))
+
+    def _leave(self, code: int, text: str | None, *, grace_s: float) -> None:
+        from mpi4py import MPI
+
+        try:
+            verdicts = self._verdicts(code, text, grace_s=grace_s)
+        except MPI.Exception:   # somebody died on the way out, and the others leave all the same
+            verdicts = [(code, text)]
         codes = [code for code, _ in verdicts]
         if any(codes):
             if self.comm.rank == 0:
                 told = [(rank, text) for rank, (_, text) in enumerate(verdicts) if text is not None]
-                _print(_summary(told, self.comm.size))
+                _print(_summary(told, len(verdicts)))
                 wait_until_read(STDERR)
             raise SystemExit(max(codes))
 

@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -28,6 +28,8 @@ from mpilm.log import UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from mpilm.ulfm import Revocable
 
 __all__ = ["RankError", "World", "agree", "command", "on_root", "session"]
 
@@ -58,6 +60,7 @@ class World:
         cores: Physical cores that this rank may run on.
         memory: Bytes: this rank's share of what the node had available at the start.
         thread_level: What MPI provides; MPI.THREAD_MULTIPLE where the MPI library can.
+        base: Where those who are left meet when ranks die (ulfm.py); None where a death ends the job.
     """
 
     comm: MPI.Comm
@@ -71,6 +74,8 @@ class World:
     cores: tuple[int, ...]
     memory: int
     thread_level: int
+    base: Revocable | None = None
+    _guard: Guard | None = None
     _owned: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
     def dup(self, purpose: str, comm: MPI.Comm | None = None) -> MPI.Comm:
@@ -99,6 +104,32 @@ class World:
         comm: MPI.Comm = MPI.COMM_SELF.Dup()
         one = replace(self, comm=comm, rank=0, size=1, local_rank=0, local_size=1, _owned=ExitStack())
         return self.owns(one)
+
+    def first(self, count: int) -> World:
+        """The first `count` ranks, and the others, as worlds that end with this one. Collective over the world."""
+        comm = self.comm.Split(self.rank >= count, key=self.rank)
+        return self.owns(replace(self, comm=comm, rank=comm.rank, size=comm.size, _owned=ExitStack()))
+
+    def survivors(self) -> World:
+        """Those who are alive, as a world of their own. Collective over them.
+
+        Raises:
+            MPI.Exception: Another one has died.
+        """
+        from mpilm import ulfm
+
+        assert self.base is not None, "where a death ends the job there are no survivors"
+        world = _arrive(self.device, self.base, ulfm.shrink(self.base), self._guard)
+        if self._guard is not None:
+            self._guard.comm = world.comm.Dup()
+        return world
+
+    def abandon(self) -> None:
+        """Give back what it owns as far as that goes after a death. Local."""
+        with suppress(Exception):
+            self._owned.close()
+        with suppress(Exception):
+            self.comm.Free()
 
     def free(self) -> None:
         """Give back all that it owns, the youngest first. Collective over the world."""
@@ -129,9 +160,11 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
         SystemExit: With code 2 on every rank after a UserError.
     """
     if _mpi_is_running():
-        world = _arrive("cpu")
+        from mpi4py import MPI
+
+        world = _arrive("cpu", None, MPI.COMM_WORLD.Dup(), None)
         try:
-            _greet(world, run_dir)
+            greet(world, run_dir)
             yield world
         except UserError:  # is raised on all ranks
             world.free()
@@ -145,11 +178,14 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
     startup.start_mpi(launcher)
     from mpi4py import MPI
 
+    from mpilm import ulfm
+
     faulthandler.enable()  # a crash in compiled code shows where Python was
     try:
-        with Guard(MPI.COMM_WORLD.Dup()):
-            world = _arrive(device)
-            _greet(world, run_dir)
+        with Guard(MPI.COMM_WORLD.Dup()) as guard:
+            base = ulfm.revocable(MPI.COMM_WORLD.Dup()) if ulfm.active() else None
+            world = _arrive(device, base, (base or MPI.COMM_WORLD).Dup(), guard)
+            greet(world, run_dir)
             yield world
     finally:  # whoever gets here leaves together with all other ranks
         MPI.Finalize()
@@ -163,11 +199,10 @@ def _mpi_is_running() -> bool:
     return bool(MPI.Is_initialized()) and not MPI.Is_finalized()
 
 
-def _arrive(device: str) -> World:
-    """Meet the other ranks, share out the cores. Collective over COMM_WORLD."""
+def _arrive(device: str, base: Revocable | None, comm: MPI.Comm, guard: Guard | None) -> World:
+    """Meet the other ranks, share out the cores. Collective over `comm`."""
     from mpi4py import MPI
 
-    comm: MPI.Comm = MPI.COMM_WORLD.Dup()
     comm.Set_name("control")
     log.setup(comm.rank)
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
@@ -182,12 +217,13 @@ def _arrive(device: str) -> World:
             os.environ[variable] = str(threads)
     memory = node.bcast(placement.available_memory()) // node.size
     world = World(comm, comm.rank, comm.size, node.rank, node.size, socket.gethostname(), device, threads,
-                  tuple(cores), memory, comm.allreduce(MPI.Query_thread(), op=MPI.MIN))
+                  tuple(cores), memory, comm.allreduce(MPI.Query_thread(), op=MPI.MIN), base, guard)
     node.Free()
     return world
 
 
-def _greet(world: World, run_dir: str | Path | None) -> None:
+def greet(world: World, run_dir: str | Path | None) -> None:
+    """With a `run_dir`, have rank 0 write its log there and print the placement table. Collective over the world."""
     if run_dir is None:
         return
     on_root(world.comm, lambda: _open_log(run_dir))

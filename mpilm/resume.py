@@ -33,6 +33,18 @@ def find(config: Config, comm: Any) -> Reader | None:
     return open_run(config.run.resume, comm)
 
 
+def again(config: Config, comm: Any) -> Reader | None:
+    """The checkpoint that a run goes on from after ranks have died. Collective over `comm`.
+
+    Raises:
+        UserError: As `find`.
+    """
+    directory = Path(config.run.dir) / CHECKPOINTS
+    found = newest(directory, comm) if on_root(comm, directory.is_dir) else None
+    given = config.run.resume not in ("auto", "never")
+    return open_run(config.run.resume, comm) if found is None and given else found
+
+
 def _put_aside(directory: Path) -> None:
     """A new run in an old directory must not find the old run's checkpoints newer than its own."""
     if not directory.is_dir() or not any(directory.iterdir()):

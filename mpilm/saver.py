@@ -38,22 +38,30 @@ class Saver:
         self.writer, self.holds, self.slices, self.comm, self.config = writer, holds, slices, comm, config
         self.about, self.saved = about, reader.step if reader else -1
         self.path: Path | None = reader.path if reader else None
-        writer.reserve(self._pieces())
+        writer.reserve(self._mine())
 
     def after_step(self, state: TrainState, *, last: bool) -> None:
         """Save if it is time to; otherwise see how an earlier save is getting on."""
         self.poll()
         due = last or (self.config.every and state.step % self.config.every == 0)
         if due and state.step != self.saved:
-            self.writer.save(state.step, self._pieces(), describe(state, self.about))
+            self.writer.save(state.step, self._mine(), describe(state, self.about))
             self.saved = state.step
 
     def poll(self) -> None:
         """See how an earlier save is getting on."""
         self._note(self.writer.poll())
 
-    def _pieces(self) -> list[Piece]:
-        return list(pieces(self.slices, self.holds.runs(self.comm.rank, self.comm.size)))
+    def pieces(self, part: int, parts: int) -> list[Piece]:
+        """Share number `part` of what ranks like this one hold."""
+        return list(pieces(self.slices, self.holds.runs(part, parts)))
+
+    def _mine(self) -> list[Piece]:
+        return self.pieces(self.comm.rank, self.comm.size)
+
+    def stop(self) -> None:
+        """Leave what is under way; it never becomes a checkpoint. Local."""
+        self.writer.stop()
 
     def wait(self) -> None:
         """Return when everything saved is complete on disk."""
@@ -76,4 +84,7 @@ class Elsewhere:
         """Nothing."""
 
     def wait(self) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
         """Nothing."""

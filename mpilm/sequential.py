@@ -162,7 +162,7 @@ class Model:
         shape = self.chunks[-1].seen[-1].shape
         outputs = torch.empty(len(ids), *shape)
         for replica, run in enumerate(runs):
-            root = self.mesh.comm.Get_cart_rank([replica, self.mesh.pp.size - 1, 0, 0])
+            root = self.mesh.rank_of(dp=replica, pp=self.mesh.pp.size - 1)
             for slot in run:
                 if self.mesh.comm.rank == root:
                     outputs[slot].copy_(made[slot - run.start])

@@ -8,8 +8,8 @@ memory is a few runs of tensors, or of columns of them; what is written does not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,22 @@ class TrainState:
     step: int = 0
     applied: int = 0
     skipped: int = 0
+
+
+class Owed(NamedTuple):
+    """What there is to tell of the step at which a run goes on, in case nobody has told it."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a program takes over from one whose ranks have died, besides what is in its checkpoints."""
+
+    owed: Owed | None = None
+    arithmetic: dict[str, Any] = field(default_factory=dict)
 
 
 def pieces(slices: Slices, runs: Iterable[tuple[str, str, int, np.ndarray]]) -> Iterator[Piece]:

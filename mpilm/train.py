@@ -28,15 +28,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, launch, train, tell what came out."""
     config = options.parse(argv, description=DESCRIPTION)
     with launch.session(run_dir=config.run.dir) as world, ExitStack() as stack:
-        from mpilm import assemble
+        from mpilm import recovery
 
-        launch.on_root(world.comm, lambda: stack.enter_context(
-            locked(Path(config.run.dir) / LOCK, wait_s=WAIT_S, otherwise="give another --run.dir")))
-
+        directory = RunDirectory(config.run.dir, stack)
+        directory.lock(world)
         config.data.path = config.data.path or built_in(world)
-        program = assemble.program(config, world)
-        program.run()
-        summarize(program, config, world)
+        recovery.Run(config, world, directory.greet, summarize).run()
+
+
+class RunDirectory:
+    """Where the run writes; rank 0 keeps other programs out of it until `stack` is unwound."""
+
+    def __init__(self, path: str, stack: ExitStack) -> None:
+        self.path, self.stack, self.locked = path, stack, False
+
+    def lock(self, world: World) -> None:
+        """Rank 0 holds the lock. Collective over the world."""
+        launch.on_root(world.comm, self._lock)
+
+    def _lock(self) -> None:
+        if not self.locked:
+            self.stack.enter_context(
+                locked(Path(self.path) / LOCK, wait_s=WAIT_S, otherwise="give another --run.dir"))
+            self.locked = True
+
+    def greet(self, world: World) -> None:
+        """Rank 0 may be another one than before: it takes the lock and writes the log. Collective over the world."""
+        self.lock(world)
+        launch.greet(world, self.path)
 
 
 def built_in(world: World) -> str:

@@ -5,12 +5,17 @@ What happens between steps (metrics, validation, checkpoints) never enters the a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
+
+from mpilm.comm.mesh import Mesh
 from mpilm.comm.p2p import Traffic
 from mpilm.config import Config
 from mpilm.data.loader import Loader
@@ -20,8 +25,9 @@ from mpilm.optim import Update
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Saver
-from mpilm.state import TrainState
+from mpilm.state import Owed, TrainState
 from mpilm.sync import Synchronizer
+from mpilm.ulfm import Commit
 from mpilm.validation import Validation
 
 
@@ -39,21 +45,37 @@ class Trainer:
     validation: Validation | None
     metrics: Metrics
     saver: Saver | Elsewhere
+    mesh: Mesh
+    commit: Commit
     flops_per_token: int
     peak_flops: float
+    owed: Owed | None = None    # from a step whose record is due and may not have been written before somebody died
+    loss: float = math.nan
     seconds: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)  # tokens/s of every record
 
+    def __post_init__(self) -> None:
+        self.first = self.state.step
+        if self.owed is not None:
+            self.loss, self.sync.grad_norm, self.update.lr = self.owed
+
     def run(self) -> None:
         """Train until `run.steps` steps are done."""
-        with closing(self.metrics):
+        with closing(self.metrics), closing(self.loader):
             window = Window(self.sync.done(self.state.step))
+            if self.owed is not None:
+                self._tell(window)
             while self.state.step < self.config.run.steps:
-                loss = self.step()
+                self.step()
                 window.add(self.seconds)
-                self._tell(loss, window)
+                self._tell(window)
                 self.saver.after_step(self.state, last=self.state.step == self.config.run.steps)
             self.saver.wait()
+
+    def stop(self) -> None:
+        """End its threads, without asking other ranks: they may be gone. Local."""
+        self.sync.worker.close()
+        self.saver.stop()
 
     def step(self) -> float:
         """One update; returns the mean loss of the global batch before it, nats per token."""
@@ -63,38 +85,44 @@ class Trainer:
             mine = self.pipeline.run(batch)
         self.seconds["bubble_s"] = self.pipeline.wait_s
         self.update.begin(self.state.step)
-        self.sync.step(self.update)
-        with self._timed("comm_s"):
-            loss = self.losses.mean(mine)
-        self.seconds["comm_s"] += self.sync.seconds["comm_s"]
-        self.seconds["optim_s"] = self.sync.seconds["optim_s"]
-        self._count()
-        return loss
-
-    def _count(self) -> None:
-        self.state.step += 1
-        self.state.applied, self.state.skipped = self.update.applied, self.update.skipped
+        self.sync.step(self.update, partial(self._commit, mine))
+        self.seconds.update(self.sync.seconds)
+        self.state = self.settled()
         heed_skips(self.config, self.state.step, self.update, self.sync.grad_norm)
+        return self.loss
 
-    def _tell(self, loss: float, window: Window) -> None:
-        step, log = self.state.step, self.config.log
-        last = step == self.config.run.steps
-        validate = self.validation is not None and (step % log.validate_every == 0 or last)
-        if not (validate or last or step % log.every == 0 or step == 1):
+    def _commit(self, mine: np.ndarray) -> None:
+        """From here on the step counts, whoever dies."""
+        loss = self.losses.mean(mine)
+        self.commit.take()
+        self.loss = loss
+
+    def settled(self) -> TrainState:
+        """Where the run stands; a step that was cut short counts if all had agreed to take it."""
+        step = self.first + self.commit.steps
+        if step == self.state.step:
+            return self.state
+        return TrainState(step, self.update.applied, self.update.skipped)
+
+    def _tell(self, window: Window) -> None:
+        step = self.state.step
+        if not due(self.config, step):
             return
-        values = self._values(loss, window)
-        if validate and self.validation is not None:
+        values = self._values(window)
+        if self.validation is not None and validates(self.config, step):
             values["validation_loss"] = self.validation.loss()
         self.metrics.record(values)
         window.restart(self.sync.done(step))
 
-    def _values(self, loss: float, window: Window) -> dict[str, Any]:
+    def _values(self, window: Window) -> dict[str, Any]:
         data, seconds, done = self.config.data, window.means(), self.sync.done(self.state.step)
         tokens = data.global_batch_size * data.sequence_length
-        self.speeds.append(tokens * (done - window.done) / (seconds["step_s"] * window.steps))
-        return {"step": self.state.step, "loss": loss, "lr": self.update.lr, "grad_norm": self.sync.grad_norm,
-                "tokens": round(done * tokens), "tokens_per_s": self.speeds[-1],
-                "mfu": self.speeds[-1] * self.flops_per_token / self.peak_flops, "skipped": self.state.skipped,
+        if window.steps:
+            self.speeds.append(tokens * (done - window.done) / (seconds["step_s"] * window.steps))
+        speed = self.speeds[-1] if self.speeds else 0.0
+        return {"step": self.state.step, "loss": self.loss, "lr": self.update.lr, "grad_norm": self.sync.grad_norm,
+                "tokens": round(done * tokens), "tokens_per_s": speed,
+                "mfu": speed * self.flops_per_token / self.peak_flops, "skipped": self.state.skipped,
                 **self.sync.told(), **seconds}
 
     @contextmanager
@@ -102,6 +130,17 @@ class Trainer:
         started = time.perf_counter()
         yield
         self.seconds[key] = time.perf_counter() - started
+
+
+def validates(config: Config, step: int) -> bool:
+    """Whether the validation loss after so many steps is wanted."""
+    every = config.log.validate_every
+    return every > 0 and (step % every == 0 or step == config.run.steps)
+
+
+def due(config: Config, step: int) -> bool:
+    """Whether there is a record after so many steps."""
+    return validates(config, step) or step in (1, config.run.steps) or step % config.log.every == 0
 
 
 def heed_skips(config: Config, step: int, update: Update, grad_norm: float) -> None:
@@ -145,6 +184,6 @@ class Window:
 
     def means(self) -> dict[str, float]:
         """Seconds per step, in all and by part, and MiB that this rank sent to others."""
-        elapsed, sent = time.perf_counter() - self.started, Traffic.sent - self.sent
-        means = {key: value / self.steps for key, value in self.sums.items()}
-        return {"step_s": elapsed / self.steps, "sent_mib": sent / self.steps / 2**20, **means}
+        elapsed, sent, steps = time.perf_counter() - self.started, Traffic.sent - self.sent, max(1, self.steps)
+        means = {key: value / steps for key, value in self.sums.items()}
+        return {"step_s": elapsed / steps, "sent_mib": sent / steps / 2**20, **means}

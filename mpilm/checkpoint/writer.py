@@ -183,6 +183,12 @@ class Writer:
                 saved = self._job.after()
         return saved
 
+    def stop(self) -> None:
+        """Return when no thread writes any more, without asking other ranks: they may be gone. Local."""
+        if self._job is not None:
+            self._job.task.wait()
+        self._snapshot = files.Snapshot()
+
     def _collect(self) -> None:
         """Everyone has written: rank 0 goes on to the manifest."""
         job = self._require_job()

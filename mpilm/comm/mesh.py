@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from mpi4py import MPI
 
 from mpilm.log import UserError
@@ -22,7 +23,7 @@ AXES = ("dp", "pp", "cp", "tp")
 class Mesh:
     """Communicators through this rank, along each axis and over pairs of them; `comm` holds them all."""
 
-    comm: MPI.Cartcomm
+    comm: MPI.Comm
     dp: MPI.Comm
     pp: MPI.Comm
     cp: MPI.Comm
@@ -42,9 +43,17 @@ class Mesh:
                 f"--parallel.pp {pp} times --parallel.cp {cp} times --parallel.tp {tp} must divide the number of "
                 f"ranks, {comm.size} (with dp {dp} they make up {dp * pp * cp * tp})."
             )
-        grid = MPI.Intracomm(comm).Create_cart([dp, pp, cp, tp], periods=[False] * 4, reorder=False)
+        shape = (dp, pp, cp, tp)
+        place = [int(index) for index in np.unravel_index(comm.rank, shape)]
         along = [{axis} for axis in AXES] + [{"dp", "cp"}, {"pp", "tp"}]
-        return cls(grid, *(grid.Sub([axis in kept for axis in AXES]) for kept in along))
+        colors = [np.ravel_multi_index([0 if axis in kept else index for axis, index in zip(AXES, place, strict=True)],
+                                       shape) for kept in along]
+        return cls(comm.Dup(), *(comm.Split(int(color), key=comm.rank) for color in colors))
+
+    def rank_of(self, *, dp: int, pp: int, cp: int = 0, tp: int = 0) -> int:
+        """The rank in `comm` of a place in the grid."""
+        shape = (self.dp.size, self.pp.size, self.cp.size, self.tp.size)
+        return int(np.ravel_multi_index((dp, pp, cp, tp), shape))
 
     def free(self) -> None:
         """Give the communicators back. Collective over `comm`."""

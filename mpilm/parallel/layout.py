@@ -6,6 +6,7 @@ A layout is refused with those that would work. Nothing here needs more than the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -103,6 +104,22 @@ def require_workers(config: Config, ranks: int) -> None:
     if servers >= ranks:
         raise UserError(f"--sync.servers {servers}: with {counted(ranks, 'rank')} nobody would be left to train. Start "
                         f"{servers + 1} ranks or more" + (f", or give {ranks - 1} or fewer." if ranks > 1 else "."))
+
+
+def fitted(config: Config, shape: Shape, ranks: int) -> tuple[Config, int] | None:
+    """What those can go on with whom a death has left: a configuration, and how many ranks it takes; None: nothing.
+
+    Pipelines stay as long as they were, as many as there are ranks for, or become shorter where not even one is left.
+    The ranks that share sequences or layers do not become fewer, because that would change the bits.
+    """
+    for pp in reversed(_divisors(config.parallel.pp)):
+        split = config.parallel.split if pp == config.parallel.pp else ""
+        changed = replace(config, parallel=replace(config.parallel, pp=pp, split=split))
+        for count in range(ranks, num_servers(config), -1):
+            axes = Axes(pp, config.parallel.cp, config.parallel.tp)
+            if _why_not(changed, shape, count - num_servers(config), axes) is None:
+                return changed, count
+    return None
 
 
 def describe(config: Config, ranks: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ of everything. A `Shard` is one that is divided over all ranks: of masters and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,10 +86,7 @@ class Segment:
 
     def flats(self) -> Iterator[Flat]:
         """My segment, as the update takes it."""
-        for zone, decay in self.layout.zones(self.own):
-            part = slice(zone.start - self.own.start, zone.stop - self.own.start)
-            states = tuple(torch.from_numpy(state[part]) for state in self.states.values())
-            yield Flat(self.masters[part], self.shard[part], self.gradients.own[part], states, decay)
+        return flats_of(self.layout, self.own, self.masters, self.shard, self.gradients.own, self.states.values())
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything a resume needs of my segment, float32, by the name of the state."""
@@ -123,6 +120,15 @@ def runs_of(layout: Layout, share: slice, arrays: Mapping[str, np.ndarray]) -> l
             for name, array in arrays.items() for member, start, stop in layout.members_in(share)]
 
 
+def flats_of(layout: Layout, own: slice, masters: torch.Tensor, weights: torch.Tensor, gradients: torch.Tensor,
+             states: Iterable[np.ndarray]) -> Iterator[Flat]:
+    """The segment `own` of a bucket, as the update takes it; everything is as long as the segment."""
+    for zone, decay in layout.zones(own):
+        part = slice(zone.start - own.start, zone.stop - own.start)
+        yield Flat(masters[part], weights[part], gradients[part],
+                   tuple(torch.from_numpy(state[part]) for state in states), decay)
+
+
 class Bucket(Segment):
     """What `Replica` and `Shard` have in common: `shard` is the segment of `flat`, which is whole."""
 
@@ -149,8 +155,11 @@ class Replica(Bucket):
 
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, *, states: Sequence[str],
                  dtype: torch.dtype, visits: Sequence[Visit], repeated: Collection[str]) -> None:
-        count, own = layout.count, segments(layout.count, owners.comm.size)[owners.comm.rank]
-        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits), repeated)
+        count, self.cut = layout.count, segments(layout.count, owners.comm.size)
+        own = self.cut[owners.comm.rank]
+        summed = Whole(layout, collective.allocate, reduce, own, visits)
+        super().__init__(layout, own, summed, repeated)
+        self.collective, self.summed = collective, summed
         self.common = {name: owners.allocate_common(count, np.float32) for name in (MASTERS, *states)}
         whole = torch.from_numpy(self.common[MASTERS])
         self.flat = whole if dtype == torch.float32 else bridge.tensor(
@@ -159,6 +168,16 @@ class Replica(Bucket):
         self.states = {name: self.common[name][own] for name in states}
         self.blocks = owners.allocate_common(count // BLOCK, np.float64)
         self.squares = self.blocks[own.start // BLOCK:own.stop // BLOCK]
+
+    def flats_of(self, owner: int) -> Iterator[Flat] | None:
+        """Another owner's segment; None if its gradients are not where I see them."""
+        gradients = self.collective.seen(self.summed.reduced, owner)
+        if gradients is None:
+            return None
+        own = self.cut[owner]
+        states = [array[own] for name, array in self.common.items() if name != MASTERS]
+        masters = torch.from_numpy(self.common[MASTERS][own])
+        return flats_of(self.layout, own, masters, self.flat[own], torch.from_numpy(gradients[own]), states)
 
     def runs(self, part: int, parts: int) -> list[Run]:
         """One of `parts` shares of everything a resume needs."""

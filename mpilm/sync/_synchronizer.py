@@ -28,12 +28,16 @@ from torch import Tensor
 
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline, Worker
-from mpilm.flat import Update
+from mpilm.flat import Flat, Update
 from mpilm.sync._buckets import Bucket, Leaving, Read, Run
 from mpilm.sync._departures import Departures
 
 AnyBucket = TypeVar("AnyBucket", bound=Leaving)
 SummedBucket = TypeVar("SummedBucket", bound=Bucket)
+
+
+def nothing() -> None:
+    """There is nothing to do."""
 
 
 class Synchronizer(ABC, Generic[AnyBucket]):
@@ -117,8 +121,18 @@ class Synchronizer(ABC, Generic[AnyBucket]):
         bucket.gradients.departed(self.slot, self.worker.submit(work))
 
     @abstractmethod
-    def step(self, update: Update) -> None:
-        """Agree on the gradients and update; a NaN or infinite norm leaves everything as it was, on all ranks."""
+    def step(self, update: Update, commit: Callable[[], None] = nothing) -> None:
+        """Agree on the gradients and update; a NaN or infinite norm leaves everything as it was, on all ranks.
+
+        Args:
+            commit: Called once, when this rank has all that the update needs and has changed nothing yet. What it
+                raises is raised here.
+        """
+
+    def inherit(self, alive: MPI.Group) -> bool:
+        """Ranks have died. Finish what they left half done, and say whether those of `alive` hold all parameters and
+        optimizer state of the replicas, which `runs` then offers in any number of shares. Local."""
+        return False
 
     def done(self, step: int) -> float:
         """Steps of the whole batch that all replicas together have done when this one has done `step`."""
@@ -168,18 +182,16 @@ class Summing(Synchronizer[SummedBucket]):
         self.stages = stages
         self.counts: list[int] = stages.allgather(sum(bucket.layout.count for bucket in self.buckets))
 
-    def step(self, update: Update) -> None:
+    def step(self, update: Update, commit: Callable[[], None] = nothing) -> None:
         """As Synchronizer."""
         started = time.perf_counter()
         self.worker.wait()
         scale = self._accept(update)
         self.departures = self._all_departures(self.places)
+        commit()
         reduced = time.perf_counter()
         if scale is not None:
-            for bucket in self.buckets:
-                for flat in bucket.flats():
-                    update.apply(flat, scale)
-                self._updated(bucket)
+            self._update(lambda flat: update.apply(flat, scale))
         updated = time.perf_counter()
         self._agree()
         self.seconds = {"comm_s": reduced - started + time.perf_counter() - updated, "optim_s": updated - reduced}
@@ -200,6 +212,13 @@ class Summing(Synchronizer[SummedBucket]):
         everyone = np.empty(sum(counts))
         self.stages.Allgatherv(mine, (everyone, counts))
         return everyone
+
+    def _update(self, apply: Callable[[Flat], None]) -> None:
+        """Update my segment of every bucket. Local, and cannot fail."""
+        for bucket in self.buckets:
+            for flat in bucket.flats():
+                apply(flat)
+            self._updated(bucket)
 
     @abstractmethod
     def _blocks(self) -> np.ndarray:

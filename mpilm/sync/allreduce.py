@@ -7,18 +7,20 @@ Ranks that share no memory each hold a copy of everything and compute the same u
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
+from mpilm import ulfm
 from mpilm.comm.node import Node
 from mpilm.comm.worker import Inline, Worker
-from mpilm.flat import Update
+from mpilm.flat import Flat, Update
 from mpilm.sync._buckets import MASTERS, Read, Replica, Run
 from mpilm.sync._compressed import Compress
+from mpilm.sync._journal import Journal
 from mpilm.sync._layout import described, lay_out
 from mpilm.sync._slots import running_visits, tree_visits
 from mpilm.sync._synchronizer import Summing
@@ -54,6 +56,32 @@ class Allreduce(Summing[Replica]):
         buckets = [Replica(layout, collective, compress(layout, collective, collective.reduce), self.owners,
                            states=update.STATES, dtype=dtype, visits=visits, repeated=repeated) for layout in layouts]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)
+        outlived = ulfm.active() and self.owners.comm.size > 1
+        self.journal = Journal(self.owners, len(update.STATES)) if outlived else None
+        self.apply: Callable[[Flat], None] | None = None    # what the last update did
+
+    def _update(self, apply: Callable[[Flat], None]) -> None:
+        if self.journal is None:
+            super()._update(apply)
+            return
+        self.apply = apply
+        self.journal.step += 1
+        self.journal.run(self.owners.comm.rank, (flat for bucket in self.buckets for flat in bucket.flats()), apply)
+
+    def inherit(self, alive: MPI.Group) -> bool:
+        """As Synchronizer: the first owner alive makes what is left of the last update."""
+        owners = self.owners.comm
+        left = ulfm.living(owners, alive)
+        if self.journal is None or self.apply is None or len(left) == owners.size:
+            return True
+        dead = [rank for rank in range(owners.size) if rank not in left]
+        segments = {rank: [bucket.flats_of(rank) for bucket in self.buckets] for rank in dead}
+        if any(flats is None for of_rank in segments.values() for flats in of_rank):
+            return False
+        if owners.rank == left[0]:
+            for rank, of_rank in segments.items():
+                self.journal.run(rank, (flat for flats in of_rank for flat in flats or ()), self.apply)
+        return True
 
     def _blocks(self) -> np.ndarray:
         self.owners.comm.Barrier()

@@ -32,7 +32,7 @@ from mpilm.sync._layout import Layout
 from mpilm.sync._pushes import Push, server_layouts
 from mpilm.sync._reply import SIZE, Reply
 from mpilm.sync._slots import Visit, running_visits, tree_visits
-from mpilm.sync._synchronizer import Synchronizer
+from mpilm.sync._synchronizer import Synchronizer, nothing
 
 
 class Pulled:
@@ -102,10 +102,11 @@ class ParameterServer(Synchronizer[Pulled]):
         buckets = [Pulled(layout, roles, compress, dtype=dtype, visits=visits) for layout in layouts]
         super().__init__(parameters, buckets, worker, num_slots=num_slots)
 
-    def step(self, update: Update) -> None:
+    def step(self, update: Update, commit: Callable[[], None] = nothing) -> None:
         """Push what is left, pull the next parameters, and know what became of the update."""
         started = time.perf_counter()
         self.worker.wait()
+        commit()
         self._pull()
         self.departures = self._all_departures(self.places)
         self.grad_norm = self.reply.grad_norm

@@ -93,6 +93,10 @@ class Collective(ABC):
         cut = order.segments(len(buffer), self.comm.size)
         self._everyone_to_everyone.spread(buffer, order.pieces(cut, arrays.MESSAGE_BYTES // buffer.itemsize))
 
+    def seen(self, buffer: np.ndarray, owner: int) -> np.ndarray | None:
+        """Where I see the same buffer of another rank of `owners`; None where it is that rank's alone. Local."""
+        return None
+
     def free(self) -> None:
         """Give the communicator back. Collective over `comm`."""
         self.comm.Free()

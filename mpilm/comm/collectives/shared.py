@@ -149,6 +149,11 @@ class Shared(Collective):
         return arrays.code(buffer, arrays.MOVED) >= 0 and any(
             (arrays.address(buffer), buffer.nbytes) == (arrays.address(known), known.nbytes) for known in self._commons)
 
+    def seen(self, buffer: np.ndarray, owner: int) -> np.ndarray | None:
+        """As Collective."""
+        parts, where = self._find(buffer)
+        return parts[owner] if where >= 0 else None
+
     def free(self) -> None:
         """Give communicators and memory back. Collective over `comm`."""
         self._allocations.clear()
