@@ -102,7 +102,7 @@ def program(config: Config, world: World, past: Past | None = None) -> Trainer |
         loader=_loader(config, dataset, core.slots),
         losses=core.losses,
         validation=_validation(config, core),
-        metrics=_metrics(config, core.mesh.comm, step=state.step - (past.owed is not None)), owed=past.owed,
+        metrics=_metrics(config, core.mesh.comm, step=state.step - (past.owed is not None)), past=past,
         mesh=core.mesh, commit=_commit(world, core.mesh, roles),
         saver=Elsewhere() if roles.servers else _saver(
             config, world, roles.side, core.sync, core.mesh.replicas, core.slices(shape), about, reader=reader),

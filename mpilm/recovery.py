@@ -15,6 +15,8 @@ are alive tell each other whether they are done, and if anyone is not, all of th
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +66,7 @@ class Run:
     program: Program | None = None
     past: Past | None = None
     done: bool = field(default=False, init=False)
+    noticed: float = field(default=math.nan, init=False)
 
     def run(self) -> None:
         """Train to the end. Collective over the world.
@@ -85,6 +88,7 @@ class Run:
     def _require_loss(self, error: MPI.Exception) -> None:
         if self.world.base is None or not ulfm.lost(error, self.world.base):
             raise error
+        self.noticed = time.perf_counter()
         ulfm.revoke(self.world.base)
         if isinstance(self.program, Trainer):
             self.program.commit.withdraw()
@@ -130,7 +134,7 @@ class Run:
         owed = rescue(self.program, self.world, self.config)
         saver = self.program and self.program.saver
         decided = saver.about["arithmetic"] if isinstance(saver, Saver) else {}
-        self.past = Past(owed, decided)
+        self.past = Past(self.noticed, owed, decided)
         self.program = None
         old.abandon()
         gc.collect()

@@ -7,6 +7,7 @@ memory is a few runs of tensors, or of columns of them; what is written does not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class Owed(NamedTuple):
 class Past:
     """What a program takes over from one whose ranks have died, besides what is in its checkpoints."""
 
+    since: float = math.nan     # when the death was noticed, by time.perf_counter
     owed: Owed | None = None
     arithmetic: dict[str, Any] = field(default_factory=dict)
 

@@ -25,7 +25,7 @@ from mpilm.optim import Update
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Saver
-from mpilm.state import Owed, TrainState
+from mpilm.state import Past, TrainState
 from mpilm.sync import Synchronizer
 from mpilm.ulfm import Commit
 from mpilm.validation import Validation
@@ -49,24 +49,26 @@ class Trainer:
     commit: Commit
     flops_per_token: int
     peak_flops: float
-    owed: Owed | None = None    # from a step whose record is due and may not have been written before somebody died
+    past: Past = field(default_factory=Past)
     loss: float = math.nan
     seconds: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)  # tokens/s of every record
 
     def __post_init__(self) -> None:
         self.first = self.state.step
-        if self.owed is not None:
-            self.loss, self.sync.grad_norm, self.update.lr = self.owed
+        if self.past.owed is not None:
+            self.loss, self.sync.grad_norm, self.update.lr = self.past.owed
 
     def run(self) -> None:
         """Train until `run.steps` steps are done."""
         with closing(self.metrics), closing(self.loader):
             window = Window(self.sync.done(self.state.step))
-            if self.owed is not None:
+            if self.past.owed is not None:  # its record is due, and may not have been written
                 self._tell(window)
             while self.state.step < self.config.run.steps:
                 self.step()
+                if self.state.step == self.first + 1 and math.isfinite(self.past.since):
+                    say(f"went on after {time.perf_counter() - self.past.since:.2f} s")
                 window.add(self.seconds)
                 self._tell(window)
                 self.saver.after_step(self.state, last=self.state.step == self.config.run.steps)

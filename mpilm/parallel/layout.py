@@ -11,7 +11,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from mpilm.comm import order
+from mpilm.comm import collectives, order
 from mpilm.config import Config
 from mpilm.log import UserError, counted
 from mpilm.model.shape import Shape
@@ -53,7 +53,7 @@ def _why_not(config: Config, shape: Shape, ranks: int, axes: Axes) -> str | None
             return f"{counted(ranks, 'rank')} can't be divided into pipelines of {pp}."
         return f"{counted(ranks, 'rank')} can't be divided into models of {' x '.join(map(str, axes))} (pp x cp x tp)."
     return (_stages_why_not(config, shape, pp) or _context_why_not(config, cp) or _tensor_why_not(config, shape, cp, tp)
-            or _slots_why_not(config, ranks // prod(axes)))
+            or _slots_why_not(config, ranks // prod(axes)) or _collective_why_not(config, ranks // (pp * tp)))
 
 
 def _stages_why_not(config: Config, shape: Shape, pp: int) -> str | None:
@@ -92,6 +92,11 @@ def _slots_why_not(config: Config, dp: int) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _collective_why_not(config: Config, replicas: int) -> str | None:
+    name = config.sync.collective
+    return None if name == "auto" or num_servers(config) else collectives.get(name).why_not(replicas)
 
 
 def require_workers(config: Config, ranks: int) -> None:

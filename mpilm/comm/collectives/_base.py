@@ -29,12 +29,19 @@ class Collective(ABC):
 
     fixed_order: ClassVar[bool] = False
 
+    @classmethod
+    def why_not(cls, ranks: int) -> str | None:
+        """The reason why it cannot sum over so many ranks, and what to do; None where it can."""
+        return None
+
     def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False) -> None:
         """Collective over `comm`; `node` was built over the same ranks.
 
         Raises:
-            UserError: Reproducible mode needs a fixed order and this collective has none.
+            UserError: Reproducible mode needs a fixed order and this collective has none; or see `why_not`.
         """
+        if reason := self.why_not(comm.size):
+            raise UserError(reason)
         self.name = type(self).__module__.rpartition(".")[2]
         if reproducible and not self.fixed_order:
             raise UserError(

@@ -23,7 +23,6 @@ from mpilm.comm import p2p
 from mpilm.comm.collectives._base import Collective
 from mpilm.comm.collectives._pipeline import Pipeline, Stage
 from mpilm.comm.node import Node
-from mpilm.log import UserError
 
 SEGMENT_BYTES = 2**20  # a rank's own part of a block; measured, as in ring.py
 
@@ -33,12 +32,15 @@ class Tree(Collective):
 
     fixed_order = True
 
+    @classmethod
+    def why_not(cls, ranks: int) -> str | None:
+        """As Collective."""
+        if ranks & (ranks - 1) == 0:
+            return None
+        return (f"--sync.collective tree needs a power of two of ranks, and there are {ranks}. "
+                f"Choose --sync.collective shared or ring, or start {1 << ranks.bit_length() - 1} ranks.")
+
     def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False) -> None:
-        if comm.size & (comm.size - 1):
-            raise UserError(
-                f"--sync.collective tree needs a power of two of ranks, and there are {comm.size}. "
-                f"Choose --sync.collective shared or ring, or start {1 << comm.size.bit_length() - 1} ranks."
-            )
         super().__init__(comm, node, reproducible=reproducible)
         self._pipeline = Pipeline(self.comm, stages, segment_bytes=SEGMENT_BYTES, tag=p2p.TAG_TREE)
 

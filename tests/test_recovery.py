@@ -1,0 +1,63 @@
+"""A rank is killed, at every kind of moment: the others go on, to the same weights and losses."""
+
+from __future__ import annotations
+
+import pytest
+from mpi4py import MPI
+
+from tests import datasets, helpers, small_jobs
+from tests.chaos.jobs import OPTIONS, losses, weights
+
+pytestmark = [pytest.mark.serial, pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="needs ULFM: Open MPI")]
+STEPS = 12
+SMALL = OPTIONS | {"run.steps": STEPS, "checkpoint.every": 4, "log.validate_every": 6, "log.every": 2}
+PIPELINES = {"parallel.pp": 2}
+SPARE = {"run.spares": 1}
+SHARDED = {"sync.kind": "sharded", "sync.level": 2}
+
+# name: ranks, who dies where (rank:module:function:call), options
+MOMENTS = {
+    "computing": (3, "1:mpilm.parallel.pipeline:Pipeline.run:7", {}),
+    "rank 0, computing": (3, "0:mpilm.parallel.pipeline:Pipeline.run:7", {}),
+    "in a sum": (3, "2:mpilm.comm.collectives.shared:Shared.reduce:9", {"sync.collective": "shared"}),
+    "in a message": (2, "0:mpilm.comm.p2p:Ledger.wait:40", {"sync.collective": "tree"}),
+    "between stages": (4, "1:mpilm.parallel.messages:Messages.send:21", PIPELINES),
+    "a stage without a replica": (2, "1:mpilm.parallel.messages:Messages.send:21", PIPELINES),
+    "before it agrees": (3, "1:mpilm.ulfm:Commit.take:7", {}),
+    "before it updates": (3, "2:mpilm.sync.allreduce:Allreduce._update:7", {"sync.collective": "shared"}),
+    "half through an update": (3, "0:mpilm.optim:Update._apply_chunk:20", {"sync.collective": "shared"}),
+    "sharded": (3, "1:mpilm.parallel.pipeline:Pipeline.run:10", SHARDED),
+    "evaluating": (3, "1:mpilm.validation:Validation.loss:1", {}),
+    "writing a checkpoint": (3, "1:mpilm.checkpoint.files:write_share:1", {}),
+    "finishing a checkpoint": (3, "0:mpilm.checkpoint.files:commit:1", {}),
+    "saving what is left": (4, "1:mpilm.parallel.pipeline:Pipeline.run:7,2:mpilm.recovery:_save:1", {}),
+    "arranging anew": (4, "1:mpilm.parallel.pipeline:Pipeline.run:7,0:mpilm.assemble:program:2", {}),
+    "a spare steps in": (3, "1:mpilm.parallel.pipeline:Pipeline.run:7", SPARE),
+    "a spare dies": (3, "2:mpilm.recovery:Run._muster:1,0:mpilm.parallel.pipeline:Pipeline.run:7", SPARE),
+    "at the end": (3, "0:mpilm.train:summarize:1", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A dataset."""
+    return datasets.small(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """Weights and curve of one rank's run."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    result = helpers.run_nested(1, ["-m", "mpilm.train", *small_jobs.arguments(data, directory, **SMALL)])
+    assert result.rc == 0, result.stderr
+    return weights(directory), losses(directory)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_rank_is_killed(data, undisturbed, tmp_path, moment):
+    ranks, kills, options = MOMENTS[moment]
+    arguments = small_jobs.arguments(data, tmp_path, **SMALL | options)
+    result = helpers.run_nested(ranks, ["-m", "tests.killed_job", kills, *arguments], launcher=["--with-ft", "ulfm"])
+    assert result.rc == 0, result.stdout + result.stderr
+    assert "died" in result.stdout
+    assert (weights(tmp_path), losses(tmp_path)) == undisturbed
