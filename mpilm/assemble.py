@@ -36,6 +36,7 @@ from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Holder, Saver
 from mpilm.server import Serving, meets
 from mpilm.state import Past, Read, TrainState, start, values
+from mpilm.stop import Asked, Stop
 from mpilm.sync import Synchronizer
 from mpilm.sync._clocks import Clocks
 from mpilm.sync._compressed import compressed
@@ -66,10 +67,11 @@ class Core:
         return Slices(shape, self.mesh.tp.rank, self.mesh.tp.size)
 
 
-def program(config: Config, world: World, past: Past | None = None) -> Trainer | Serving:
+def program(config: Config, world: World, asked: Asked | None = None, past: Past | None = None) -> Trainer | Serving:
     """The whole program, at the step where it goes on: a trainer, or what a server does. Collective over `world.comm`.
 
     Args:
+        asked: Why it may have to end before its end.
         past: Of the same job, before ranks died: the run goes on from its newest checkpoint whatever `run.resume` says.
 
     Raises:
@@ -90,11 +92,12 @@ def program(config: Config, world: World, past: Past | None = None) -> Trainer |
              "config": config.to_dict(), "arithmetic": decision.to_dict(),
              "layout": layout.describe(config, world.size)}
     roles = assign(config, world)
+    stop = Stop(world.dup("stop"), asked or Asked(config.run))
     if roles.serving:
         state = start(reader)
         server, update = serve(config, shape, decision, roles, state, values(Slices(shape), config.run.seed, reader))
         saver = _saver(config, world, roles.side, server, roles.side, Slices(shape), about, reader=reader)
-        return Serving(config, state, server, update, saver)
+        return Serving(config, state, server, update, saver, stop)
     core = build(config, world, shape, decision, roles)
     state = restore(core, shape, config, reader)
     return Trainer(
@@ -103,7 +106,7 @@ def program(config: Config, world: World, past: Past | None = None) -> Trainer |
         losses=core.losses,
         validation=_validation(config, core),
         metrics=_metrics(config, core.mesh.comm, step=state.step - (past.owed is not None)), past=past,
-        mesh=core.mesh, commit=_commit(world, core.mesh, roles),
+        mesh=core.mesh, commit=_commit(world, core.mesh, roles), stop=stop, meets=partial(meets, config),
         saver=Elsewhere() if roles.servers else _saver(
             config, world, roles.side, core.sync, core.mesh.replicas, core.slices(shape), about, reader=reader),
         flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)

@@ -28,6 +28,9 @@ class Run:
         threads: Threads of a rank; 0: one in reproducible mode, else the rank's share of the cores.
         spares: Ranks that wait to step in for those that die, where the launcher lets the others go on (mpirun
             --with-ft ulfm).
+        stop_signals: Signals at which all ranks save and end, with exit code 75: "submit me again".
+        time_limit_s: So long this job may take; 0: what is left of its allocation (Slurm's, PBS's), if it is in one.
+        stop_before_s: Save and end so long before the time limit, and twice as long as a save takes.
         max_skipped: End the run after so many steps in a row with a NaN or infinite gradient.
     """
 
@@ -40,6 +43,9 @@ class Run:
     compile: Auto = "auto"
     threads: int = 0
     spares: int = 0
+    stop_signals: str = "USR1,TERM"
+    time_limit_s: float = 0.0
+    stop_before_s: float = 60.0
     max_skipped: int = 10
 
 

@@ -98,11 +98,11 @@ def check(config: Config) -> None:
                    "parallel.tp", "parallel.chunks", "log.every", "checkpoint.keep_last", "log.validation_sequences",
                    "sync.rank", "sync.every", "sync.servers"):
         _require(config, option, lambda value: value >= 1, "a whole number from 1 up")
-    for option in ("run.seed", "run.threads", "model.kv_heads", "model.hidden", "model.vocab_size",
+    for option in ("run.seed", "run.threads", "run.spares", "model.kv_heads", "model.hidden", "model.vocab_size",
                    "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every",
                    "sync.compress_warmup", "sync.local_after", "sync.fragments"):
         _require(config, option, lambda value: value >= 0, "a whole number from 0 up")
-    for option in ("optim.clip", "optim.weight_decay", "optim.lr"):
+    for option in ("run.time_limit_s", "run.stop_before_s", "optim.clip", "optim.weight_decay", "optim.lr"):
         _require(config, option, lambda value: 0 <= value < float("inf"), "a finite number from 0 up")
     for option in ("optim.min_lr", "optim.decay_fraction"):
         _require(config, option, lambda value: 0 <= value <= 1, "a number from 0 to 1")

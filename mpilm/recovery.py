@@ -35,6 +35,7 @@ from mpilm.parallel import layout
 from mpilm.saver import Saver
 from mpilm.server import Serving
 from mpilm.state import Owed, Past, describe
+from mpilm.stop import AGAIN, Asked
 from mpilm.trainer import Trainer, due
 
 TOO_FEW = 76    # exit code: the ranks that are left can't train this model; the same command goes on with more
@@ -66,15 +67,22 @@ class Run:
     program: Program | None = None
     past: Past | None = None
     done: bool = field(default=False, init=False)
+    reason: str | None = field(default=None, init=False)     # why it stopped before the end
     noticed: float = field(default=math.nan, init=False)
 
     def run(self) -> None:
         """Train to the end. Collective over the world.
 
         Raises:
-            EndError: So many have died that no layout is left.
+            EndError: So many have died that no layout is left; or it stopped before the end (stop.py).
         """
         say(promise(self.world, self.config))
+        with Asked(self.config.run) as self.asked:
+            self._until_done()
+        if self.reason is not None:
+            raise EndError(AGAIN, f"stopped because {self.reason}; saved, and the same command goes on")
+
+    def _until_done(self) -> None:
         attempt = self._attempt
         while True:
             try:
@@ -101,9 +109,10 @@ class Run:
         """Assemble, train, finish; or wait, as a spare. Collective over the world."""
         config, crew = self._muster()
         if crew is not None:
-            self.program = assemble.program(config, crew, self.past)
-            self.program.run()
-            self.finish(self.program, config, crew)
+            self.program = assemble.program(config, crew, self.asked, self.past)
+            self.reason = self.program.run()
+            if self.reason is None:
+                self.finish(self.program, config, crew)
         self.done = True
         p2p.barrier(self.world.comm)    # spares wait here
 
@@ -158,7 +167,7 @@ def rescue(program: Program | None, world: World, config: Config) -> Owed | None
     wreck = program if isinstance(program, Trainer) else None
     mine = -1
     if wreck is not None:
-        wreck.stop()
+        wreck.abandon()
         if wreck.sync.inherit(world.comm.Get_group()):
             mine = wreck.mesh.parts.rank
     holders: list[tuple[int, int]] = world.comm.allgather((mine, wreck.mesh.parts.size if wreck else 0))

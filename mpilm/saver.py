@@ -31,6 +31,7 @@ class Saver:
 
     Attributes:
         path: The newest complete checkpoint of this run, or None.
+        save_s: What the last save took, in seconds.
     """
 
     def __init__(self, writer: Writer, holds: Holder, slices: Slices, comm: Any, config: Checkpoint, *,
@@ -38,6 +39,7 @@ class Saver:
         self.writer, self.holds, self.slices, self.comm, self.config = writer, holds, slices, comm, config
         self.about, self.saved = about, reader.step if reader else -1
         self.path: Path | None = reader.path if reader else None
+        self.save_s = 0.0
         writer.reserve(self._mine())
 
     def after_step(self, state: TrainState, *, last: bool) -> None:
@@ -59,16 +61,17 @@ class Saver:
     def _mine(self) -> list[Piece]:
         return self.pieces(self.comm.rank, self.comm.size)
 
-    def stop(self) -> None:
+    def abandon(self) -> None:
         """Leave what is under way; it never becomes a checkpoint. Local."""
-        self.writer.stop()
+        self.writer.abandon()
 
     def wait(self) -> None:
         """Return when everything saved is complete on disk."""
         self._note(self.writer.wait())
 
     def _note(self, saved: Saved | None) -> None:
-        self.path = saved.path if saved else self.path
+        if saved is not None:
+            self.path, self.save_s = saved.path, saved.write_s
 
 
 class Elsewhere:
@@ -79,6 +82,7 @@ class Elsewhere:
     """
 
     path: Path | None = None
+    save_s = 0.0
 
     def after_step(self, state: TrainState, *, last: bool) -> None:
         """Nothing."""
@@ -86,5 +90,5 @@ class Elsewhere:
     def wait(self) -> None:
         """Nothing."""
 
-    def stop(self) -> None:
+    def abandon(self) -> None:
         """Nothing."""

@@ -14,15 +14,19 @@ from dataclasses import dataclass, field
 from mpilm.config import Config
 from mpilm.log import say
 from mpilm.optim import Update
+from mpilm.parallel import layout
 from mpilm.saver import Saver
 from mpilm.state import TrainState
+from mpilm.stop import Stop
 from mpilm.sync._server import Server
 from mpilm.trainer import heed_skips
 
 
 def meets(config: Config, step: int) -> bool:
     """Whether all workers wait for each other after `step`, because something is done with one set of parameters."""
-    return any(every and step % every == 0 for every in (config.log.validate_every, config.checkpoint.every))
+    lockstep = layout.staleness(config) == 0
+    return lockstep or any(every and step % every == 0
+                           for every in (config.log.validate_every, config.checkpoint.every))
 
 
 @dataclass
@@ -38,16 +42,19 @@ class Serving:
     server: Server
     update: Update
     saver: Saver
+    stop: Stop
     validation: None = None
     speeds: list[float] = field(default_factory=list)
+    reason: str | None = None
 
-    def run(self) -> None:
-        """Serve until all workers have done `run.steps` steps."""
-        while not self.server.clocks.over:
+    def run(self) -> str | None:
+        """Serve until all workers have done `run.steps` steps, or something asks for a stop: returns what."""
+        while not self.server.clocks.over and self.reason is None:
             self.step()
         self.server.finish()
         self.saver.wait()
         self._tell()
+        return self.reason
 
     def step(self) -> None:
         """One update, of the gradients of one worker or of all."""
@@ -57,7 +64,9 @@ class Serving:
         self.state.applied, self.state.skipped = self.update.applied, self.update.skipped
         heed_skips(self.config, max(clocks.done), self.update, self.server.grad_norm)
         if clocks.met:
-            self.saver.after_step(self.state, last=clocks.over)
+            self.stop.save_s = self.saver.save_s
+            self.reason = self.stop.after_step(last=clocks.over)
+            self.saver.after_step(self.state, last=clocks.over or self.reason is not None)
         else:
             self.saver.poll()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Saver
 from mpilm.state import Past, TrainState
+from mpilm.stop import Stop
 from mpilm.sync import Synchronizer
 from mpilm.ulfm import Commit
 from mpilm.validation import Validation
@@ -33,7 +34,11 @@ from mpilm.validation import Validation
 
 @dataclass
 class Trainer:
-    """The assembled program of a rank that trains (see assemble.py). Collective over all that do, like every method."""
+    """The assembled program of a rank that trains (see assemble.py). Collective over all that do, like every method.
+
+    Attributes:
+        meets: Whether all ranks are at one step after so many.
+    """
 
     config: Config
     state: TrainState
@@ -47,10 +52,13 @@ class Trainer:
     saver: Saver | Elsewhere
     mesh: Mesh
     commit: Commit
+    stop: Stop
+    meets: Callable[[int], bool]
     flops_per_token: int
     peak_flops: float
     past: Past = field(default_factory=Past)
     loss: float = math.nan
+    reason: str | None = None   # why it stops before the end
     seconds: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)  # tokens/s of every record
 
@@ -59,8 +67,8 @@ class Trainer:
         if self.past.owed is not None:
             self.loss, self.sync.grad_norm, self.update.lr = self.past.owed
 
-    def run(self) -> None:
-        """Train until `run.steps` steps are done."""
+    def run(self) -> str | None:
+        """Train until `run.steps` steps are done, or until something asks for a stop: returns what."""
         with closing(self.metrics), closing(self.loader):
             window = Window(self.sync.done(self.state.step))
             if self.past.owed is not None:  # its record is due, and may not have been written
@@ -71,13 +79,23 @@ class Trainer:
                     say(f"went on after {time.perf_counter() - self.past.since:.2f} s")
                 window.add(self.seconds)
                 self._tell(window)
-                self.saver.after_step(self.state, last=self.state.step == self.config.run.steps)
+                if self._after_step() is not None:
+                    break
             self.saver.wait()
+        return self.reason
 
-    def stop(self) -> None:
+    def _after_step(self) -> str | None:
+        last = self.state.step == self.config.run.steps
+        if self.meets(self.state.step):
+            self.stop.save_s = self.saver.save_s
+            self.reason = self.stop.after_step(last=last)
+        self.saver.after_step(self.state, last=last or self.reason is not None)
+        return self.reason
+
+    def abandon(self) -> None:
         """End its threads, without asking other ranks: they may be gone. Local."""
         self.sync.worker.close()
-        self.saver.stop()
+        self.saver.abandon()
 
     def step(self) -> float:
         """One update; returns the mean loss of the global batch before it, nats per token."""

@@ -1,7 +1,8 @@
 """How ranks agree about work that threads do, while MPI is called from one thread only.
 
-`Rounds` answers "has every rank finished?" without waiting for anybody: asked in one step, answered in the next, by
-when all ranks have asked. Every rank gets the same answer at the same call, so all go on, or raise, at the same step.
+`Rounds` answers "has every rank finished?", or any question whose answer is the smallest of all votes, without waiting
+for anybody: asked in one step, answered in the next, by when all ranks have asked. Every rank gets the same answer at
+the same call, so all go on, or raise, at the same step.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ class Rounds:
         """A vote was cast and not yet counted."""
         return self._request is not None
 
-    def ask(self, finished: bool) -> None:
+    def ask(self, vote: int) -> None:
         """Cast this rank's vote; returns at once."""
         from mpi4py import MPI  # starts MPI where it isn't running yet: never in a program that only reads
 
-        self._votes[0] = finished
+        self._votes[0] = vote
         self._request = self.comm.Iallreduce(self._votes[:1], self._votes[1:], op=MPI.MIN)
 
-    def answer(self) -> bool:
-        """Whether all voted yes. Waits for ranks that have not voted yet, without keeping the core busy for long."""
+    def answer(self) -> int:
+        """The smallest vote. Waits for ranks that have not voted yet, without keeping the core busy for long."""
         assert self._request is not None, "nothing was asked"
         pause = 1e-6
         while not self._request.Test():
             time.sleep(pause)
             pause = min(2 * pause, 1e-3)
         self._request = None
-        return bool(self._votes[1])
+        return int(self._votes[1])
 
 
 class Task:

@@ -178,12 +178,12 @@ class Writer:
         while self._job is not None:
             if not self._rounds.pending:
                 self._job.task.wait()
-                self._rounds.ask(finished=True)
+                self._rounds.ask(True)
             if self._rounds.answer():
                 saved = self._job.after()
         return saved
 
-    def stop(self) -> None:
+    def abandon(self) -> None:
         """Return when no thread writes any more, without asking other ranks: they may be gone. Local."""
         if self._job is not None:
             self._job.task.wait()

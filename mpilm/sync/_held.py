@@ -69,6 +69,12 @@ class Held(Segment):
             self.roles.comm.Irecv(part, source=self.roles.rank(worker), tag=p2p.TAG_PUSH)
             for part in self.incoming[worker].messages(coded=self.compress.begun)]
 
+    def give_up(self, worker: int) -> None:
+        """Receive nothing from a worker that stops here."""
+        for request in self.requests[worker]:
+            request.Cancel()
+        p2p.wait(self.requests[worker])
+
     def collect(self, members: Sequence[int], *, stale: bool) -> None:
         """Wait for the gradients of `members`, and sum them along the tree over workers."""
         p2p.wait([request for worker in members for request in self.requests[worker]])

@@ -120,7 +120,10 @@ class Server:
                      update.skipped_in_a_row, self.staleness)
 
     def finish(self) -> None:
-        """Return when everything that was sent has arrived; no gradients are under way after the last step."""
+        """Return when everything that was sent has arrived. Gradients that nobody will send are not waited for."""
+        for worker in self.clocks.computing:
+            for bucket in self.buckets:
+                bucket.give_up(worker)
         for bucket in self.buckets:
             bucket.sends.wait()
         self._replies.wait()

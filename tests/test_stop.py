@@ -1,0 +1,90 @@
+"""A signal to one rank, or the time limit, ends all ranks at one step, saved; the same command goes on to the same end."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from mpilm import allocation, stop
+from mpilm.config import Run
+from mpilm.log import UserError
+from tests import datasets
+from tests.chaos.jobs import Job, losses, weights
+
+pytestmark = pytest.mark.serial
+SERVERS = {"sync.kind": "parameter_server"}
+UNBOUNDED = SERVERS | {"sync.staleness": 1, "run.reproducible": "false"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A dataset."""
+    return datasets.small(tmp_path_factory.mktemp("data"))
+
+
+def stopped(data, directory, number, *, ranks=2, rank=1, **options):
+    """Send one rank a signal in the middle; what the job said."""
+    with Job(ranks, data, directory, **options) as job:
+        assert job.until_step(8), job.words.read_text()
+        assert job.signal(rank, number)
+        assert job.wait() == stop.AGAIN, job.words.read_text()
+    return job.words.read_text()
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_same_command_goes_on(data, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with Job(2, data, whole) as job:
+        assert job.wait() == 0, job.words.read_text()
+    assert "stopped because a rank got SIGUSR1; saved" in stopped(data, cut, signal.SIGUSR1)
+    last = int(weights(cut).split()[0])
+    assert losses(cut)[-1][0] == last < losses(whole)[-1][0]
+    with Job(2, data, cut) as job:
+        assert job.wait() == 0, job.words.read_text()
+    assert (weights(cut), losses(cut)) == (weights(whole), losses(whole))
+
+
+@pytest.mark.parametrize(("options", "ranks", "rank"), [
+    ({"parallel.pp": 2}, 2, 0), (SERVERS, 3, 0), (UNBOUNDED, 3, 2), ({"run.spares": 1}, 2, 0)],
+    ids=["pipeline", "a server", "a worker with old parameters", "beside a spare"])
+def test_whoever_gets_it(data, tmp_path, options, ranks, rank):
+    assert "got SIGTERM; saved" in stopped(data, tmp_path / "run", signal.SIGTERM, ranks=ranks, rank=rank, **options)
+    assert int(weights(tmp_path / "run").split()[0]) >= 8
+
+
+def test_the_time_limit(data, tmp_path):
+    with Job(2, data, tmp_path / "run", **{"run.steps": 100000, "run.time_limit_s": 6, "run.stop_before_s": 3}) as job:
+        assert job.wait() == stop.AGAIN, job.words.read_text()
+    assert "stopped because the time is up" in job.words.read_text()
+    assert int(weights(tmp_path / "run").split()[0]) > 0
+
+
+def test_the_allocation_is_the_limit(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "2000000000")
+    assert stop.Asked(Run()).limit() == 2000000000
+    assert stop.Asked(Run(time_limit_s=100)).limit() == pytest.approx(time.time() + 100, abs=5)
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("1-00:00:00", 86400), ("10:00", 600), ("1:00:00\n", 3600),
+                                              ("UNLIMITED", None), ("", None), ("INVALID", None)])
+def test_durations_of_slurm(text, wanted):
+    assert allocation.seconds(text) == wanted
+
+
+def test_what_qstat_says():
+    text = "Job Id: 1.pbs\n    resources_used.walltime = 00:20:00\n    Resource_List.walltime = 02:00:00\n"
+    assert allocation.pbs_left(text) == 6000
+    assert allocation.pbs_left("Resource_List.walltime = 02:00:00") == 7200
+    assert allocation.pbs_left("qstat: Unknown Job Id") is None
+
+
+@pytest.mark.parametrize("names", ["KILL", "USR3", "USR1 TERM", "SIG_DFL"])
+def test_what_is_no_signal(names):
+    with pytest.raises(UserError, match=r"--run\.stop_signals .*: .* is no signal"):
+        stop.numbers(names)
+
+
+def test_signals_by_name():
+    assert stop.numbers("usr1, SIGTERM") == [signal.SIGUSR1, signal.SIGTERM]
+    assert stop.numbers("") == []
