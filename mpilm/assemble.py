@@ -22,6 +22,7 @@ from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
+from mpilm.heartbeat import Where, beating
 from mpilm.launch import World, on_root
 from mpilm.log import UserError
 from mpilm.metrics import Metrics
@@ -93,12 +94,15 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
              "layout": layout.describe(config, world.size)}
     roles = assign(config, world)
     stop = Stop(world.dup("stop"), asked or Asked(config.run))
+    where = Where()
+    alive = partial(beating, world, config.run, where)
     if roles.serving:
         state = start(reader)
         server, update = serve(config, shape, decision, roles, state, values(Slices(shape), config.run.seed, reader))
         saver = _saver(config, world, roles.side, server, roles.side, Slices(shape), about, reader=reader)
-        return Serving(config, state, server, update, saver, stop)
+        return Serving(config, state, server, update, saver, stop, where, alive)
     core = build(config, world, shape, decision, roles)
+    where.part, where.passes = core.mesh.parts.rank, lambda: core.pipeline.played
     state = restore(core, shape, config, reader)
     return Trainer(
         config=config, state=state, update=core.update, pipeline=core.pipeline, sync=core.sync,
@@ -107,6 +111,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
         validation=_validation(config, core),
         metrics=_metrics(config, core.mesh.comm, step=state.step - (past.owed is not None)), past=past,
         mesh=core.mesh, commit=_commit(world, core.mesh, roles), stop=stop, meets=partial(meets, config),
+        where=where, beating=alive,
         saver=Elsewhere() if roles.servers else _saver(
             config, world, roles.side, core.sync, core.mesh.replicas, core.slices(shape), about, reader=reader),
         flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)

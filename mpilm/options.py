@@ -102,7 +102,10 @@ def check(config: Config) -> None:
                    "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every",
                    "sync.compress_warmup", "sync.local_after", "sync.fragments"):
         _require(config, option, lambda value: value >= 0, "a whole number from 0 up")
-    for option in ("run.time_limit_s", "run.stop_before_s", "optim.clip", "optim.weight_decay", "optim.lr"):
+    _require(config, "run.straggler", lambda value: 1 < value < float("inf"), "a finite number above 1")
+    for option in ("run.time_limit_s", "run.stop_before_s", "run.hang_timeout_s"):
+        _require(config, option, lambda value: 0 <= value < float("inf"), "seconds from 0 up")
+    for option in ("optim.clip", "optim.weight_decay", "optim.lr"):
         _require(config, option, lambda value: 0 <= value < float("inf"), "a finite number from 0 up")
     for option in ("optim.min_lr", "optim.decay_fraction"):
         _require(config, option, lambda value: 0 <= value <= 1, "a number from 0 to 1")

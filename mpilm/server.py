@@ -9,9 +9,12 @@ set of parameters then, whatever the staleness.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from mpilm.config import Config
+from mpilm.heartbeat import Where
 from mpilm.log import say
 from mpilm.optim import Update
 from mpilm.parallel import layout
@@ -43,21 +46,26 @@ class Serving:
     update: Update
     saver: Saver
     stop: Stop
+    where: Where
+    beating: Callable[[], AbstractContextManager[object]]
     validation: None = None
     speeds: list[float] = field(default_factory=list)
     reason: str | None = None
 
     def run(self) -> str | None:
         """Serve until all workers have done `run.steps` steps, or something asks for a stop: returns what."""
-        while not self.server.clocks.over and self.reason is None:
-            self.step()
-        self.server.finish()
-        self.saver.wait()
+        with self.beating():
+            while not self.server.clocks.over and self.reason is None:
+                self.step()
+            self.server.finish()
+            self.saver.wait()
         self._tell()
         return self.reason
 
     def step(self) -> None:
         """One update, of the gradients of one worker or of all."""
+        self.where.step = self.state.step
+        self.where.enter("serving")
         self.server.serve(self.update)
         clocks = self.server.clocks
         self.state.step = clocks.slowest

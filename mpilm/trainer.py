@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from mpilm.comm.mesh import Mesh
 from mpilm.comm.p2p import Traffic
 from mpilm.config import Config
 from mpilm.data.loader import Loader
+from mpilm.heartbeat import Where
 from mpilm.log import UserError, say
 from mpilm.metrics import Metrics
 from mpilm.optim import Update
@@ -38,6 +39,8 @@ class Trainer:
 
     Attributes:
         meets: Whether all ranks are at one step after so many.
+        where: What this rank is doing, for its heartbeat.
+        beating: Starts that, for the time of a block.
     """
 
     config: Config
@@ -54,6 +57,8 @@ class Trainer:
     commit: Commit
     stop: Stop
     meets: Callable[[int], bool]
+    where: Where
+    beating: Callable[[], AbstractContextManager[object]]
     flops_per_token: int
     peak_flops: float
     past: Past = field(default_factory=Past)
@@ -69,7 +74,7 @@ class Trainer:
 
     def run(self) -> str | None:
         """Train until `run.steps` steps are done, or until something asks for a stop: returns what."""
-        with closing(self.metrics), closing(self.loader):
+        with closing(self.metrics), closing(self.loader), self.beating():
             window = Window(self.sync.done(self.state.step))
             if self.past.owed is not None:  # its record is due, and may not have been written
                 self._tell(window)
@@ -86,6 +91,7 @@ class Trainer:
 
     def _after_step(self) -> str | None:
         last = self.state.step == self.config.run.steps
+        self.where.enter("saving")
         if self.meets(self.state.step):
             self.stop.save_s = self.saver.save_s
             self.reason = self.stop.after_step(last=last)
@@ -99,11 +105,14 @@ class Trainer:
 
     def step(self) -> float:
         """One update; returns the mean loss of the global batch before it, nats per token."""
-        with self._timed("data_s"):
+        self.where.step = self.state.step
+        with self._timed("data_s", "reading data"):
             batch = self.loader.batch(self.state.step)
-        with self._timed("compute_s"):
+        with self._timed("compute_s", "forward and backward"):
             mine = self.pipeline.run(batch)
         self.seconds["bubble_s"] = self.pipeline.wait_s
+        self.where.computed(self.seconds["compute_s"] - self.pipeline.wait_s)
+        self.where.enter("summing gradients, updating")
         self.update.begin(self.state.step)
         self.sync.step(self.update, partial(self._commit, mine))
         self.seconds.update(self.sync.seconds)
@@ -130,6 +139,7 @@ class Trainer:
             return
         values = self._values(window)
         if self.validation is not None and validates(self.config, step):
+            self.where.enter("evaluating")
             values["validation_loss"] = self.validation.loss()
         self.metrics.record(values)
         window.restart(self.sync.done(step))
@@ -146,7 +156,8 @@ class Trainer:
                 **self.sync.told(), **seconds}
 
     @contextmanager
-    def _timed(self, key: str) -> Iterator[None]:
+    def _timed(self, key: str, doing: str) -> Iterator[None]:
+        self.where.enter(doing)
         started = time.perf_counter()
         yield
         self.seconds[key] = time.perf_counter() - started

@@ -11,54 +11,8 @@ import pytest
 from mpilm.checkpoint import Alone, DamagedError, newest, verified
 from mpilm.checkpoint.newest import share
 from mpilm.log import UserError
+from tests.chaos.damage import DAMAGE, flip
 from tests.checkpoint_cases import assert_holds, tensors, write
-
-
-def flip(path, bit):
-    with open(path, "r+b") as file:
-        file.seek(bit // 8)
-        byte = file.read(1)[0]
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ 1 << bit % 8]))
-
-
-def swap(path, others):
-    other = next(other for other in others if other != path)
-    held = path.read_bytes()
-    path.write_bytes(other.read_bytes())
-    other.write_bytes(held)
-
-
-def to_pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def to_directory(path):
-    path.unlink()
-    path.mkdir()
-
-
-def to_link(path):
-    target = path.with_name("elsewhere")
-    path.rename(target)
-    path.symlink_to(target)
-
-
-DAMAGE = {
-    "removed": lambda path, others: path.unlink(),
-    "emptied": lambda path, others: path.write_bytes(b""),
-    "truncated": lambda path, others: os.truncate(path, path.stat().st_size - 1),
-    "halved": lambda path, others: os.truncate(path, path.stat().st_size // 2),
-    "extended": lambda path, others: path.write_bytes(path.read_bytes() + b"\0"),
-    "sparse": lambda path, others: os.truncate(path, 1 << 40),
-    "zeroed": lambda path, others: path.write_bytes(b"\0" * path.stat().st_size),
-    "flipped": lambda path, others: flip(path, path.stat().st_size * 4),
-    "swapped": swap,
-    "pipe": lambda path, others: to_pipe(path),
-    "directory": lambda path, others: to_directory(path),
-    "link": lambda path, others: to_link(path),
-}
 
 
 @pytest.mark.parametrize("what", DAMAGE)

@@ -1,4 +1,4 @@
-"""A signal to one rank, or the time limit, ends all ranks at one step, saved; the same command goes on to the same end."""
+"""A signal to one rank, or the time limit, ends all at one step, saved; the same command goes on to the same end."""
 
 from __future__ import annotations
 

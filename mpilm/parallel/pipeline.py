@@ -62,6 +62,7 @@ class Pipeline:
         self.names = [{name for name, _ in chunk.named_parameters()} for chunk in chunks]
         self.passes = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.INPUT: self._input,
                        Kind.WEIGHT: self._weight}
+        self.played = 0     # passes of all runs so far: a sign of life
         self._begin([])
 
     @property
@@ -104,6 +105,7 @@ class Pipeline:
             deferred.prepare(chunk.rows(slot))
         for action in actions:
             self.passes[action.kind](action)
+            self.played += 1
         self.messages.finish()
         results = self.results
         self._begin([])     # graphs of an evaluation are dropped here

@@ -11,13 +11,16 @@ from pathlib import Path
 from statistics import median
 
 from tests import datasets
-from tests.chaos import kills
+from tests.chaos import files, hangs, kills, saves
 from tests.chaos.kills import Trial
 
 Campaign = Callable[[int, random.Random, Path, Path], Iterator[Trial]]
 CAMPAIGNS: dict[str, Campaign] = {
     "kills-ulfm": kills.under_ulfm,
     "kills-restart": kills.with_restarts,
+    "kills-saving": saves.killed,
+    "damaged-files": files.damaged,
+    "stopped-ranks": hangs.stopped,
 }
 
 
@@ -35,7 +38,7 @@ def main() -> None:
         begun, trials = time.monotonic(), []
         for trial in CAMPAIGNS[name](given.trials, random.Random(given.seed), data, folder):
             trials.append(trial)
-            print(f"{name} {len(trials):4}  {trial.case}: {trial.problem or 'as undisturbed'}"
+            print(f"{name} {len(trials):4}  {trial.case}: {trial.problem or 'good'}"
                   + (f" ({trial.seconds:.2f} s)" if trial.seconds is not None else ""), flush=True)
         bad = sum(bool(trial.problem) for trial in trials)
         pauses = [trial.seconds for trial in trials if trial.seconds is not None]
@@ -43,7 +46,7 @@ def main() -> None:
         rows.append(f"| {name} | {len(trials)} | {len(trials) - bad} | "
                     + (f"{median(pauses):.2f}, at most {max(pauses):.2f}" if pauses else "")
                     + f" | {(time.monotonic() - begun) / 60:.1f} |")
-    print("\n| campaign | trials | as undisturbed | seconds until it went on | minutes |\n|---|---|---|---|---|\n"
+    print("\n| campaign | trials | good | seconds until it went on, or was named | minutes |\n|---|---|---|---|---|\n"
           + "\n".join(rows) + f"\n\nseed {given.seed}; what went wrong is left in {folder}")
     raise SystemExit(failed > 0)
 

@@ -1,0 +1,133 @@
+"""A rank that hangs or lags is named."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from mpilm import heartbeat
+from mpilm.vigil import Beat, Vigil
+from tests import datasets
+from tests.chaos.jobs import Job
+
+pytestmark = pytest.mark.serial
+TIMEOUT_S = 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A dataset."""
+    return datasets.small(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(("victim", "options"), [(0, {}), (2, {}), (1, {"sync.kind": "parameter_server"})],
+                         ids=["rank 0", "the last rank", "a worker"])
+def test_a_rank_that_stopped_is_named(data, tmp_path, victim, options):
+    options |= {"run.steps": 100000, "run.hang_timeout_s": TIMEOUT_S, "log.validate_every": 0}
+    with Job(3, data, tmp_path / "run", **options) as job:
+        assert job.until_step(5), job.words.read_text()
+        assert job.signal(victim, signal.SIGSTOP)
+        begun = time.monotonic()
+        code = job.wait()
+        took = time.monotonic() - begun
+    said, left = job.words.read_text(), (tmp_path / "run" / heartbeat.FILE).read_text()
+    assert code == heartbeat.HUNG, said
+    assert f"rank {victim} does not answer" in said
+    assert left.strip() in said
+    for other in {0, 1, 2} - {victim}:
+        assert f"rank {other}: step " in left
+        assert f"rank {other} on " in left
+    assert "thread MainThread" in left
+    assert "p2p.py" in left, "nobody waits for the one that stopped"
+    assert took < TIMEOUT_S + heartbeat.ANSWER_S + 10, "it took long, even for a busy machine"
+
+
+def beat(step, compute_s=0.1, part=0, doing="computing"):
+    """A sign of life."""
+    return Beat(step, step * 4, doing, 0.05, part, compute_s)
+
+
+class Clock:
+    """Goes when told."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def vigil():
+    """Over four ranks, and its clock."""
+    clock = Clock()
+    return Vigil(4, timeout_s=10, slow=1.5, clock=clock), clock
+
+
+def test_a_slow_rank_is_named_once_and_again_when_it_was_quick_in_between(vigil):
+    watch, _ = vigil
+    for step, wanted in enumerate([0, 0, 1, 0, 0]):
+        for rank in range(4):
+            watch.hear(rank, beat(step, compute_s=0.3 if rank == 2 else 0.1))
+        assert len(named := watch.stragglers()) == wanted
+        if wanted:
+            assert "rank 2 is a straggler" in named[0]
+            assert "3.0 times the median" in named[0]
+    watch.hear(2, beat(6))
+    assert not watch.lagging
+    for step in range(7, 11):
+        watch.hear(2, beat(step, compute_s=0.3))
+    assert len(watch.stragglers()) == 1
+
+
+def test_ranks_with_other_work_are_not_compared(vigil):
+    watch, _ = vigil
+    for step in range(6):
+        for rank in range(4):
+            watch.hear(rank, beat(step, compute_s=0.1 * (1 + rank % 2), part=rank % 2))
+    assert not watch.stragglers()
+
+
+def test_beats_of_one_step_count_once(vigil):
+    watch, _ = vigil
+    for rank in (0, 1, 3):
+        watch.hear(rank, beat(1))
+    for _ in range(10):
+        watch.hear(2, beat(1, compute_s=1.0))
+    assert not watch.stragglers()
+
+
+def test_silence(vigil):
+    watch, clock = vigil
+    for clock.now in range(1, 9):
+        for rank in (0, 1, 3):
+            watch.hear(rank, beat(int(clock.now)))
+    assert watch.missing() == []
+    clock.now = 8.5
+    assert watch.missing() == [2]
+    assert watch.hangs()
+    assert "rank 2 does not answer" in watch.report({0: "stack"})
+
+
+def test_all_beat_and_nobody_gets_further(vigil):
+    watch, clock = vigil
+    for clock.now in range(12):
+        for rank in range(4):
+            watch.hear(rank, beat(3, doing="summing"))
+    assert watch.missing() == []
+    assert watch.hangs()
+    assert "every rank answers" in watch.report({})
+    assert "rank 3: step 3, summing" in watch.report({})
+
+
+def test_what_a_long_step_is_doing_is_progress(vigil):
+    watch, clock = vigil
+    for clock.now in range(30):
+        for rank in range(4):
+            watch.hear(rank, Beat(3, int(clock.now), "forward and backward", 1.0, 0, 0.1))
+    assert not watch.hangs()
+
+
+def test_a_beat_survives_the_message():
+    assert Beat.from_text(beat(7).to_text()) == beat(7)
