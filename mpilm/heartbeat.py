@@ -34,6 +34,7 @@ from mpilm.vigil import Beat, Vigil
 HUNG = 77       # exit code
 FILE = "hang.txt"
 BEATS = 10      # in the time after which a silent rank counts as missing
+LATE = 3        # periods without a turn of this thread
 ANSWER_S = 3.0  # within which ranks tell their stacks
 SMOOTH = 5      # steps, about, over which the time of one is averaged
 TAG_BEAT, TAG_ASK, TAG_STACK = 1, 2, 3
@@ -98,7 +99,12 @@ class Heart:
 
     def _live(self) -> None:
         try:
+            last = time.monotonic()
             while not self.over.wait(self.period):
+                now = time.monotonic()
+                if now - last > LATE * self.period:     # this rank was stopped itself, and has heard nobody meanwhile
+                    self.vigil.restart()
+                last = now
                 self._beat()
                 self._listen()
                 if self.comm.rank in self.watchers:

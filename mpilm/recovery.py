@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,7 @@ class Run:
         if self.world.base is None or not ulfm.lost(error, self.world.base):
             raise error
         self.noticed = time.perf_counter()
+        traceback.clear_frames(error.__traceback__)     # they hold the program that has ended
         ulfm.revoke(self.world.base)
         if isinstance(self.program, Trainer):
             self.program.commit.withdraw()
@@ -136,18 +138,22 @@ class Run:
     def _recover(self) -> None:
         """Save what is left, and go on with it. Collective over those who are alive."""
         self.done = False
-        before, old = self.world.size, self.world
-        self.world = old.survivors()
-        self.greet(self.world)
-        say(f"{counted(before - self.world.size, 'rank')} of {before} died. {counted(self.world.size, 'rank')} left.")
-        owed = rescue(self.program, self.world, self.config)
-        saver = self.program and self.program.saver
-        decided = saver.about["arithmetic"] if isinstance(saver, Saver) else {}
-        self.past = Past(self.noticed, owed, decided)
-        self.program = None
-        old.abandon()
+        self._rescue()
         gc.collect()
         self._attempt()
+
+    def _rescue(self) -> None:
+        """Arrange the living as a new world, and put away the program of the old one."""
+        old = self.world
+        self.world = old.survivors()
+        self.greet(self.world)
+        say(f"{counted(old.size - self.world.size, 'rank')} of {old.size} died. "
+            f"{counted(self.world.size, 'rank')} left.")
+        owed = rescue(self.program, self.world, self.config)
+        saver = self.program and self.program.saver
+        self.past = Past(self.noticed, owed, saver.about["arithmetic"] if isinstance(saver, Saver) else {})
+        self.program = None
+        old.abandon()
 
 
 def promise(world: World, config: Config) -> str:

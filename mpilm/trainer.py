@@ -100,8 +100,11 @@ class Trainer:
 
     def abandon(self) -> None:
         """End its threads, without asking other ranks: they may be gone. Local."""
-        self.sync.worker.close()
+        self.sync.abandon()
         self.saver.abandon()
+        self.pipeline.drop()
+        if self.validation is not None:
+            self.validation.loader.close()
 
     def step(self) -> float:
         """One update; returns the mean loss of the global batch before it, nats per token."""

@@ -51,11 +51,15 @@ class Vigil:
     def __init__(self, size: int, *, timeout_s: float, slow: float,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.size, self.timeout_s, self.slow, self.clock = size, timeout_s, slow, clock
-        self.heard = [clock()] * size
         self.beats: list[Beat | None] = [None] * size
-        self.moved = clock()        # when a rank was last heard to have got further
+        self.restart()
         self.counts = [0] * size    # of beats in a row in which it was slow
         self.lagging: dict[int, float] = {}
+
+    def restart(self) -> None:
+        """Wait as long as at the beginning for everybody: what was not heard says nothing."""
+        self.heard = [self.clock()] * self.size
+        self.moved = self.clock()   # when a rank was last heard to have got further
 
     def hear(self, rank: int, beat: Beat) -> None:
         """A beat has come."""

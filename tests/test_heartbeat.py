@@ -131,3 +131,11 @@ def test_what_a_long_step_is_doing_is_progress(vigil):
 
 def test_a_beat_survives_the_message():
     assert Beat.from_text(beat(7).to_text()) == beat(7)
+
+
+def test_whoever_was_stopped_itself_has_nothing_to_say_about_others(vigil):
+    watch, clock = vigil
+    clock.now = 20
+    assert watch.hangs()
+    watch.restart()
+    assert not watch.hangs()

@@ -111,6 +111,10 @@ class Pipeline:
         self._begin([])     # graphs of an evaluation are dropped here
         return results
 
+    def drop(self) -> None:
+        """Forget the step in hand."""
+        self._begin([])
+
     def _losses(self, results: dict[int, Tensor], count: int) -> np.ndarray:
         losses = np.zeros(count)
         for slot, loss in results.items():

@@ -69,13 +69,14 @@ class Synchronizer(ABC, Generic[AnyBucket]):
         self.unfinished: dict[int, Departures] = {}     # of slots whose backward pass has been done in part
         self.grad_norm = math.nan
         self.seconds = {"comm_s": 0.0, "optim_s": 0.0}
+        self.hooks: list[Any] = []
         self._adopt(parameters)
 
     def _adopt(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         for name, (index, member) in self.places.items():
             parameter = parameters[name]
             parameter.data = self.buckets[index].flat[member.start:member.start + member.count].view(parameter.shape)
-            parameter.register_post_accumulate_grad_hook(self._hook(name))
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
 
     def _hook(self, name: str) -> Any:
         def take(parameter: torch.Tensor) -> None:
@@ -141,6 +142,13 @@ class Synchronizer(ABC, Generic[AnyBucket]):
     def told(self) -> dict[str, Any]:
         """What there is to say in the metrics besides."""
         return {}
+
+    def abandon(self) -> None:
+        """Take no gradients any more, and end the communication thread, without asking other ranks: they may be gone.
+        Local."""
+        self.worker.close()
+        for hook in self.hooks:     # which torch holds where no garbage collector looks
+            hook.remove()
 
     @abstractmethod
     def load(self, read: Read) -> None:

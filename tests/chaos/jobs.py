@@ -60,7 +60,7 @@ class Job:
         deadline = time.monotonic() + SECONDS
         while not ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                return False
+                return bool(ready())    # it may have come to be so with the end of the job
             time.sleep(0.002)
         return True
 
