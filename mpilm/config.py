@@ -205,12 +205,15 @@ class Checkpoint:
     """When the run is saved.
 
     Args:
-        every: Save every so many steps, and at the end; 0: only at the end.
+        every: Save every so many steps, and at the end; 0: only at the end; auto: as often as loses least time, by
+            what a save takes and by `mtbf_h`.
+        mtbf_h: Hours between failures of the whole job, on average, for `auto`.
         keep_last: Keep so many of the newest checkpoints.
         keep_every: Keep those at multiples of this step for good; 0: none.
     """
 
-    every: int = 150
+    every: int | Literal["auto"] = 150
+    mtbf_h: float = 24.0
     keep_last: int = 2
     keep_every: int = 0
 

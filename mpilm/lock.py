@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mpilm.log import UserError
+from mpilm.named import named
 
 
 @contextmanager
@@ -42,8 +43,9 @@ def locked(path: Path, *, wait_s: float, otherwise: str) -> Iterator[None]:
                 raise UserError(f"{place}: another process is writing there{who}. Wait for it, or {otherwise}.")
             time.sleep(0.1)
         if not folder:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            with named(path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -9,9 +9,11 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mpilm.named import named
 from mpilm.progress import Progress
 
 FILE = "metrics.jsonl"
@@ -40,7 +42,8 @@ class Metrics:
         step, path = self.first_step, self.directory / FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
         temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(kept))
+        with named(temporary):
+            temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self.file = path.open("a", buffering=1)
         self.progress = Progress(self.steps, done=step)
@@ -61,11 +64,8 @@ class Metrics:
         self.progress.update(values["step"], _sentence(values, self._seconds_left(values["step"])))
 
     def _write(self, line: str) -> None:
-        try:
+        with named(self.file.name):
             self.file.write(line)
-        except OSError as error:
-            error.filename = self.file.name
-            raise
 
     def _seconds_left(self, step: int) -> float:
         done = step - self.first_step
@@ -74,7 +74,8 @@ class Metrics:
     def close(self) -> None:
         """Flush and close every file."""
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):     # of a line that could not be written, which has been told
+                self.file.close()
             self.progress.close()
         if self.events is not None:
             self.events.close()

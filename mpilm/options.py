@@ -99,7 +99,7 @@ def check(config: Config) -> None:
                    "sync.rank", "sync.every", "sync.servers"):
         _require(config, option, lambda value: value >= 1, "a whole number from 1 up")
     for option in ("run.seed", "run.threads", "run.spares", "model.kv_heads", "model.hidden", "model.vocab_size",
-                   "optim.warmup_steps", "checkpoint.every", "checkpoint.keep_every", "log.validate_every",
+                   "optim.warmup_steps", "checkpoint.keep_every", "log.validate_every",
                    "sync.compress_warmup", "sync.local_after", "sync.fragments"):
         _require(config, option, lambda value: value >= 0, "a whole number from 0 up")
     _require(config, "run.straggler", lambda value: 1 < value < float("inf"), "a finite number above 1")
@@ -111,7 +111,8 @@ def check(config: Config) -> None:
         _require(config, option, lambda value: 0 <= value <= 1, "a number from 0 to 1")
     for option in ("optim.beta1", "optim.beta2", "sync.outer_momentum"):
         _require(config, option, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-    for option in ("optim.eps", "sync.bucket_mib", "sync.outer_lr", "model.rope_theta", "model.norm_eps"):
+    for option in ("optim.eps", "sync.bucket_mib", "sync.outer_lr", "checkpoint.mtbf_h", "model.rope_theta",
+                   "model.norm_eps"):
         _require(config, option, lambda value: 0 < value < float("inf"), "a finite number above 0")
     for option, most in LIMITS.items():
         _require(config, option, lambda value, most=most: value <= most, f"at most {most:,}")
@@ -119,6 +120,8 @@ def check(config: Config) -> None:
         _require(config, option, lambda value: value.strip() and "\0" not in value, "a name")
     _require(config, "sync.level", lambda value: value in (1, 2, 3), "1, 2 or 3")
     _require(config, "sync.staleness", lambda value: value == "inf" or value >= 0, "a whole number from 0 up, or inf")
+    _require(config, "checkpoint.every", lambda value: value == "auto" or value >= 0,
+             "a whole number from 0 up, or auto")
     _check_shape(config.model)
     _check_sharding(config)
     _check_local(config)
@@ -167,6 +170,9 @@ def _check_servers(config: Config) -> None:
     if sync.staleness != 0 and config.run.reproducible:
         raise UserError(f"--sync.staleness {sync.staleness}: whose gradient comes first decides the result, which "
                         "reproducible mode does not allow. Type --run.reproducible false too, or --sync.staleness 0.")
+    if sync.staleness != 0 and config.checkpoint.every == "auto":
+        raise UserError("--checkpoint.every auto: workers with old parameters meet at steps that are known before, so "
+                        "give a number of steps, or --sync.staleness 0.")
     if sync.compress == "powersgd":
         raise UserError("--sync.compress powersgd makes sums over all ranks of which servers see only parts: give "
                         "another --sync.compress, or --sync.kind allreduce.")

@@ -1,4 +1,4 @@
-"""When a run is saved: every `checkpoint.every` steps and at the end, while training goes on."""
+"""When a run is saved: as `interval.py` says and at the end, while training goes on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from mpilm.checkpoint import Piece, Reader, Saved, Writer
 from mpilm.config import Checkpoint
+from mpilm.interval import Interval
 from mpilm.model.slices import Slices
 from mpilm.state import TrainState, describe, pieces
 from mpilm.sync._buckets import Run
@@ -36,7 +37,8 @@ class Saver:
 
     def __init__(self, writer: Writer, holds: Holder, slices: Slices, comm: Any, config: Checkpoint, *,
                  about: dict[str, Any], reader: Reader | None) -> None:
-        self.writer, self.holds, self.slices, self.comm, self.config = writer, holds, slices, comm, config
+        self.writer, self.holds, self.slices, self.comm = writer, holds, slices, comm
+        self.interval = Interval(config, reader.step if reader else 0)
         self.about, self.saved = about, reader.step if reader else -1
         self.path: Path | None = reader.path if reader else None
         self.save_s = 0.0
@@ -45,10 +47,10 @@ class Saver:
     def after_step(self, state: TrainState, *, last: bool) -> None:
         """Save if it is time to; otherwise see how an earlier save is getting on."""
         self.poll()
-        due = last or (self.config.every and state.step % self.config.every == 0)
-        if due and state.step != self.saved:
+        if (last or self.interval.due(state.step)) and state.step != self.saved:
             self.writer.save(state.step, self._mine(), describe(state, self.about))
             self.saved = state.step
+            self.interval.saved(state.step)
 
     def poll(self) -> None:
         """See how an earlier save is getting on."""
@@ -72,6 +74,7 @@ class Saver:
     def _note(self, saved: Saved | None) -> None:
         if saved is not None:
             self.path, self.save_s = saved.path, saved.write_s
+            self.interval.learn(saved, self.writer.comm)
 
 
 class Elsewhere:

@@ -28,7 +28,7 @@ from mpilm.trainer import heed_skips
 def meets(config: Config, step: int) -> bool:
     """Whether all workers wait for each other after `step`, because something is done with one set of parameters."""
     lockstep = layout.staleness(config) == 0
-    return lockstep or any(every and step % every == 0
+    return lockstep or any(every and step % int(every) == 0
                            for every in (config.log.validate_every, config.checkpoint.every))
 
 

@@ -12,13 +12,13 @@ from tests.helpers import REPOSITORY
 
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 FLOORS = {
-    0: {"config", "options", "launch", "ulfm", "lock", "log", "menu", "placement", "allocation", "progress", "startup",
-        "failure"},
+    0: {"config", "options", "launch", "ulfm", "lock", "log", "named", "menu", "placement", "allocation", "progress",
+        "startup", "failure"},
     1: {"comm", "model", "data", "planner", "bridge", "flat"},
     2: {"parallel", "sync"},
     3: {"checkpoint", "state", "optim"},
     4: {"trainer", "server", "assemble", "hybrid", "sequential", "recovery", "resume", "saver", "validation", "stop",
-        "heartbeat", "vigil", "arithmetic", "metrics", "room", "connect"},
+        "heartbeat", "vigil", "interval", "arithmetic", "metrics", "room", "connect"},
     5: {"train", "evaluate", "generate", "inspect", "plan", "bench"},
 }
 FORBIDDEN = {

@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from mpilm.named import named
+
 READ_BYTES = 8 << 20
 
 
@@ -22,9 +24,10 @@ def sync(path: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, even if the power goes."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    sync(temporary)
-    os.replace(temporary, path)
+    with named(temporary):
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from tests import datasets
-from tests.chaos import files, hangs, kills, saves, soak
+from tests.chaos import files, hangs, kills, saves, soak, storage
 from tests.chaos.kills import Trial
 
 Campaign = Callable[[int, random.Random, Path, Path], Iterator[Trial]]
@@ -22,6 +22,7 @@ CAMPAIGNS: dict[str, Campaign] = {
     "damaged-files": files.damaged,
     "stopped-ranks": hangs.stopped,
     "soak": soak.soak,
+    "refused-writes": storage.refused,
 }
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,13 +29,14 @@ SECONDS = 120
 class Job:
     """A job of `mpilm.train` on `ranks` ranks; what it says is in `directory`.txt."""
 
-    def __init__(self, ranks: int, data: Path, directory: Path, *, ulfm: bool = False, **changes: Any) -> None:
+    def __init__(self, ranks: int, data: Path, directory: Path, *, ulfm: bool = False,
+                 environment: Mapping[str, str] | None = None, **changes: Any) -> None:
         self.directory, self.words = directory, directory.with_suffix(".txt")
         options = OPTIONS | changes
         with self.words.open("a") as words:
             args = ["-m", "mpilm.train", *small_jobs.arguments(data, directory, **options)]
             self.process = helpers.start(ranks, args, launcher=["--with-ft", "ulfm"] if ulfm else (), stdout=words,
-                                         stderr=subprocess.STDOUT)
+                                         stderr=subprocess.STDOUT, env=environment)
 
     def __enter__(self) -> Job:
         return self
