@@ -162,6 +162,18 @@ def test_nothing_unpickles_or_evaluates(path):
 
 
 @every_program_file
+def test_nothing_listens_on_the_network(path):
+    """MPI alone does; what the benchmark starts for others has to meet somewhere."""
+    if "bench" in path.parts:
+        return
+    tree = parse(path)
+    names = {name for name, _ in imports(tree, path)}
+    assert not names & {"socketserver", "http.server", "xmlrpc.server", "asyncio", "multiprocessing"}
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+                and node.attr in ("listen", "bind", "create_server")]
+
+
+@every_program_file
 def test_no_work_at_import(path):
     """Definitions and constants only: no loops, no calls for their effect, no globals that functions rebind."""
     tree = parse(path)

@@ -29,7 +29,7 @@ def library(folder: Path) -> Path | None:
     return built
 
 
-def refused(trials: int, draw: random.Random, data: Path, folder: Path, *, ranks: int = 1) -> Iterator[Trial]:
+def refused(trials: int, draw: random.Random, data: Path, folder: Path, *, ranks: int = 0) -> Iterator[Trial]:
     """Of all calls that write below the run directory, one fails and all after it; then the disk is mended."""
     built = library(folder)
     assert built is not None, "there is no C compiler"
@@ -37,7 +37,7 @@ def refused(trials: int, draw: random.Random, data: Path, folder: Path, *, ranks
     wanted, _ = undisturbed(data, folder)
     for number in range(trials):
         call, error, directory = draw.randint(1, total), draw.choice(ERRORS), folder / f"refused-{number}"
-        environment = {"LD_PRELOAD": str(built), "REFUSE_BELOW": str(directory), "REFUSE_CALL": str(call),
+        environment = {"LD_PRELOAD": str(built), "REFUSE_BELOW": f"{directory}/", "REFUSE_CALL": str(call),
                        "REFUSE_ERRNO": str(error)}
         with Job(ranks, data, directory, environment=environment) as job:
             code = job.wait()
@@ -55,7 +55,7 @@ def refused(trials: int, draw: random.Random, data: Path, folder: Path, *, ranks
 def count(built: Path, data: Path, folder: Path, ranks: int) -> int:
     """Calls that write, of a job that nothing happens to; of the rank that writes last, with several."""
     tally, directory = folder / "calls", folder / "counted"
-    environment = {"LD_PRELOAD": str(built), "REFUSE_BELOW": str(directory), "REFUSE_COUNT": str(tally)}
+    environment = {"LD_PRELOAD": str(built), "REFUSE_BELOW": f"{directory}/", "REFUSE_COUNT": str(tally)}
     with Job(ranks, data, directory, environment=environment) as job:
         assert job.wait() == 0, job.words.read_text()
     return int(tally.read_text())
