@@ -13,7 +13,7 @@ from tests import datasets
 from tests.chaos.jobs import Job
 
 pytestmark = pytest.mark.serial
-TIMEOUT_S = 4
+TIMEOUT_S = 3
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def data(tmp_path_factory):
     return datasets.small(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize(("victim", "options"), [(0, {}), (2, {}), (1, {"sync.kind": "parameter_server"})],
-                         ids=["rank 0", "the last rank", "a worker"])
+@pytest.mark.parametrize(("victim", "options"), [(0, {}), (1, {"sync.kind": "parameter_server"})],
+                         ids=["rank 0", "a worker"])
 def test_a_rank_that_stopped_is_named(data, tmp_path, victim, options):
     options |= {"run.steps": 100000, "run.hang_timeout_s": TIMEOUT_S, "log.validate_every": 0}
     with Job(3, data, tmp_path / "run", **options) as job:

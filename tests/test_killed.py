@@ -50,7 +50,7 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(run_mpi, tmp_path):
     """Random moments, checkpoints under way among them; weights and losses are those of a run that nobody killed."""
     draw = random.Random(7)
     data, killed, whole = datasets.small(tmp_path / "data"), tmp_path / "killed", tmp_path / "whole"
-    for _ in range(4):
+    for _ in range(3):
         done = start_and_kill(command(data, killed), killed, draw.uniform(0, 0.15))
         saved = (killed / "checkpoints").glob("step-*")
         newest = max((int(path.name.removeprefix("step-")) for path in saved), default=0)

@@ -18,11 +18,11 @@ FULL = """
 import resource, sys
 size = int(sys.argv.pop(1))
 from mpilm import launch, train
-start = launch._greet
+start = launch.greet
 def full(*args):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     start(*args)
-launch._greet = full
+launch.greet = full
 launch.command(train.main)
 """
 

@@ -100,7 +100,7 @@ def test_compiled_code_gives_the_same_bits(train, tmp_path):
     schedule splits its backward passes, and where blocks are computed again."""
     compiled = {"run.compile": "on", "run.steps": 3, "checkpoint.every": 0}
     alone = train(1, tmp_path / "one", **compiled)
-    for ranks, schedule, again in ((2, "1f1b", "true"), (4, "zb", "false")):
+    for ranks, schedule, again in ((2, "1f1b", "true"), (2, "zb", "false")):
         layout = {"parallel.pp": 2, "parallel.schedule": schedule, "parallel.recompute": again}
         assert train(ranks, tmp_path / schedule, **compiled, **layout) == alone
 

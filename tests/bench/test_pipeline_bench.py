@@ -12,7 +12,7 @@ from mpilm.log import UserError
 from tests.helpers import run_nested
 
 pytestmark = pytest.mark.serial
-WHO = ["mpilm-zb-eager", "torch-1f1b", "torch-1f1b-ours-eager"]
+WHO = ["mpilm-zb-eager", "torch-1f1b-ours-eager"]
 ASLEEP = [f"mpilm-{name}" for name in _pipelines.ASLEEP]
 
 

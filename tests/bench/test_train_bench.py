@@ -12,7 +12,7 @@ from mpilm.bench._contenders import CASES
 from mpilm.bench._jobs import Job, JobError
 from tests.helpers import run_nested
 
-WHO = ["mpilm-reproducible", "ddp", "fsdp2"]
+WHO = ["mpilm-reproducible", "ddp"]
 
 
 @pytest.mark.serial
