@@ -36,7 +36,7 @@ from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Holder, Saver
 from mpilm.server import Serving, meets
-from mpilm.state import Past, Read, TrainState, start, values
+from mpilm.state import Past, Read, TrainState, owed, start, values
 from mpilm.stop import Asked, Stop
 from mpilm.sync import Synchronizer
 from mpilm.sync._clocks import Clocks
@@ -103,13 +103,13 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
         return Serving(config, state, server, update, saver, stop, where, alive)
     core = build(config, world, shape, decision, roles)
     where.part, where.passes = core.mesh.parts.rank, lambda: core.pipeline.played
-    state = restore(core, shape, config, reader)
+    state, due = restore(core, shape, config, reader), owed(reader)
     return Trainer(
         config=config, state=state, update=core.update, pipeline=core.pipeline, sync=core.sync,
         loader=_loader(config, dataset, core.slots),
         losses=core.losses,
         validation=_validation(config, core),
-        metrics=_metrics(config, core.mesh.comm, step=state.step - (past.owed is not None)), past=past,
+        metrics=_metrics(config, core.mesh.comm, step=state.step - (due is not None)), past=past, owed=due,
         mesh=core.mesh, commit=_commit(world, core.mesh, roles), stop=stop, meets=partial(meets, config),
         where=where, beating=alive,
         saver=Elsewhere() if roles.servers else _saver(

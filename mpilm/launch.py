@@ -181,14 +181,17 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
     from mpilm import ulfm
 
     faulthandler.enable()  # a crash in compiled code shows where Python was
+    base = ulfm.revocable(MPI.COMM_WORLD.Dup()) if ulfm.active() else None
     try:
         with Guard(MPI.COMM_WORLD.Dup()) as guard:
-            base = ulfm.revocable(MPI.COMM_WORLD.Dup()) if ulfm.active() else None
             world = _arrive(device, base, (base or MPI.COMM_WORLD).Dup(), guard)
             greet(world, run_dir)
             yield world
     finally:  # whoever gets here leaves together with all other ranks
-        MPI.Finalize()
+        if base is None:
+            MPI.Finalize()
+        else:
+            ulfm.leave(base)
 
 
 def _mpi_is_running() -> bool:

@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from mpi4py import MPI
-
 from mpilm import assemble, resume, ulfm
 from mpilm.checkpoint import Writer
 from mpilm.comm import p2p
@@ -88,13 +86,13 @@ class Run:
         while True:
             try:
                 attempt()
-            except MPI.Exception as error:
+            except Exception as error:
                 self._require_loss(error)
             if self.world.base is None or self._all_done():
                 return
             attempt = self._recover
 
-    def _require_loss(self, error: MPI.Exception) -> None:
+    def _require_loss(self, error: Exception) -> None:
         if self.world.base is None or not ulfm.lost(error, self.world.base):
             raise error
         self.noticed = time.perf_counter()
@@ -115,8 +113,9 @@ class Run:
             self.reason = self.program.run()
             if self.reason is None:
                 self.finish(self.program, config, crew)
+        self.done = crew is not None
+        p2p.barrier(self.world.comm)    # spares wait here, and can't tell whether the others had finished if it fails
         self.done = True
-        p2p.barrier(self.world.comm)    # spares wait here
 
     def _muster(self) -> tuple[Config, World | None]:
         """How to train, and with whom: None for a spare. Collective over the world."""
@@ -149,9 +148,9 @@ class Run:
         self.greet(self.world)
         say(f"{counted(old.size - self.world.size, 'rank')} of {old.size} died. "
             f"{counted(self.world.size, 'rank')} left.")
-        owed = rescue(self.program, self.world, self.config)
+        rescue(self.program, self.world, self.config)
         saver = self.program and self.program.saver
-        self.past = Past(self.noticed, owed, saver.about["arithmetic"] if isinstance(saver, Saver) else {})
+        self.past = Past(self.noticed, saver.about["arithmetic"] if isinstance(saver, Saver) else {})
         self.program = None
         old.abandon()
 
@@ -164,12 +163,9 @@ def promise(world: World, config: Config) -> str:
     return f"If a rank dies, the others go on (ULFM is on){spares}."
 
 
-def rescue(program: Program | None, world: World, config: Config) -> Owed | None:
-    """Save what those of `world` hold of the program that a death has ended, if together it is everything.
-
-    Returns:
-        What there may be to tell of the step that was saved. Collective over `world`.
-    """
+def rescue(program: Program | None, world: World, config: Config) -> None:
+    """Save what those of `world` hold of the program that a death has ended, if together it is everything. Collective
+    over `world`."""
     wreck = program if isinstance(program, Trainer) else None
     mine = -1
     if wreck is not None:
@@ -180,15 +176,14 @@ def rescue(program: Program | None, world: World, config: Config) -> Owed | None
     parts, wanted = [part for part, _ in holders], max(size for _, size in holders)
     if not wanted or not set(range(wanted)) <= set(parts):
         say("Not everything is left of what the ranks had: the run goes on from its newest checkpoint.")
-        return None
+        return
     try:
-        return _save(wreck if mine >= 0 else None, world, config, parts)
+        _save(wreck if mine >= 0 else None, world, config, parts)
     except UserError as error:
         warn(f"{error} The run goes on from its newest checkpoint.")
-        return None
 
 
-def _save(wreck: Trainer | None, world: World, config: Config, parts: list[int]) -> Owed | None:
+def _save(wreck: Trainer | None, world: World, config: Config, parts: list[int]) -> None:
     writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("rescue"),
                     keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
     told, pieces = None, []
@@ -197,11 +192,10 @@ def _save(wreck: Trainer | None, world: World, config: Config, parts: list[int])
         share = Share(parts[:world.rank].count(mine), parts.count(mine))
         state = wreck.settled()
         assert isinstance(wreck.saver, Saver)
-        told = (state.step, describe(state, wreck.saver.about),
-                Owed(wreck.loss, wreck.sync.grad_norm, wreck.update.lr))
+        owed = Owed(wreck.loss, wreck.sync.grad_norm, wreck.update.lr) if due(config, state.step) else None
+        told = (state.step, describe(state, wreck.saver.about, owed))
         pieces = wreck.saver.pieces(share.rank, share.size)
-    step, meta, owed = next(filter(None, world.comm.allgather(told)))
+    step, meta = next(filter(None, world.comm.allgather(told)))
     if step:
         writer.save(step, pieces, meta)
         writer.wait()
-    return owed if step and due(config, step) else None

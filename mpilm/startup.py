@@ -105,7 +105,7 @@ def _load(launcher: Launcher | None) -> ModuleType:
     """mpi4py.MPI, not yet initialized."""
     import mpi4py
 
-    mpi4py.rc.initialize = False
+    mpi4py.rc.initialize = mpi4py.rc.finalize = False    # launch.session does both
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -33,7 +33,7 @@ class TrainState:
 
 
 class Owed(NamedTuple):
-    """What there is to tell of the step at which a run goes on, in case nobody has told it."""
+    """What there is to tell of a checkpoint's step: whoever goes on from there tells it, as maybe nobody has."""
 
     loss: float
     grad_norm: float
@@ -45,7 +45,6 @@ class Past:
     """What a program takes over from one whose ranks have died, besides what is in its checkpoints."""
 
     since: float = math.nan     # when the death was noticed, by time.perf_counter
-    owed: Owed | None = None
     arithmetic: dict[str, Any] = field(default_factory=dict)
 
 
@@ -85,9 +84,14 @@ def initial(slices: Slices, seed: int) -> Read:
     return read
 
 
-def describe(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
+def describe(state: TrainState, about: dict[str, Any], owed: Owed | None = None) -> dict[str, Any]:
     """What a checkpoint's manifest says besides its tensors."""
-    return {**about, "state": vars(state).copy()}
+    return {**about, "state": vars(state).copy(), **({"owed": owed._asdict()} if owed else {})}
+
+
+def owed(reader: Reader | None) -> Owed | None:
+    """What there is to tell of a checkpoint's step."""
+    return Owed(**reader.meta["owed"]) if reader is not None and "owed" in reader.meta else None
 
 
 def values(slices: Slices, seed: int, reader: Reader | None) -> Read:

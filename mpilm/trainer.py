@@ -26,7 +26,7 @@ from mpilm.optim import Update
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Saver
-from mpilm.state import Past, TrainState
+from mpilm.state import Owed, Past, TrainState
 from mpilm.stop import Stop
 from mpilm.sync import Synchronizer
 from mpilm.ulfm import Commit
@@ -62,6 +62,7 @@ class Trainer:
     flops_per_token: int
     peak_flops: float
     past: Past = field(default_factory=Past)
+    owed: Owed | None = None
     loss: float = math.nan
     reason: str | None = None   # why it stops before the end
     seconds: dict[str, float] = field(default_factory=dict)
@@ -69,14 +70,14 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.first = self.state.step
-        if self.past.owed is not None:
-            self.loss, self.sync.grad_norm, self.update.lr = self.past.owed
+        if self.owed is not None:
+            self.loss, self.sync.grad_norm, self.update.lr = self.owed
 
     def run(self) -> str | None:
         """Train until `run.steps` steps are done, or until something asks for a stop: returns what."""
         with closing(self.metrics), closing(self.loader), self.beating():
             window = Window(self.sync.done(self.state.step))
-            if self.past.owed is not None:  # its record is due, and may not have been written
+            if self.owed is not None:
                 self._tell(window)
             while self.state.step < self.config.run.steps:
                 self.step()
