@@ -29,7 +29,7 @@ from mpilm.log import UserError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpilm.ulfm import Revocable
+    from mpilm.ulfm import Base
 
 __all__ = ["RankError", "World", "agree", "command", "on_root", "session"]
 
@@ -74,7 +74,7 @@ class World:
     cores: tuple[int, ...]
     memory: int
     thread_level: int
-    base: Revocable | None = None
+    base: Base | None = None
     _guard: Guard | None = None
     _owned: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
@@ -116,10 +116,8 @@ class World:
         Raises:
             MPI.Exception: Another one has died.
         """
-        from mpilm import ulfm
-
         assert self.base is not None, "where a death ends the job there are no survivors"
-        world = _arrive(self.device, self.base, ulfm.shrink(self.base), self._guard)
+        world = _arrive(self.device, self.base, self.base.shrink().Dup(), self._guard)
         if self._guard is not None:
             self._guard.comm = world.comm.Dup()
         return world
@@ -181,17 +179,17 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
     from mpilm import ulfm
 
     faulthandler.enable()  # a crash in compiled code shows where Python was
-    base = ulfm.revocable(MPI.COMM_WORLD.Dup()) if ulfm.active() else None
+    base = ulfm.Base(MPI.COMM_WORLD.Dup()) if ulfm.active() else None
     try:
         with Guard(MPI.COMM_WORLD.Dup()) as guard:
-            world = _arrive(device, base, (base or MPI.COMM_WORLD).Dup(), guard)
+            world = _arrive(device, base, (base.root if base else MPI.COMM_WORLD).Dup(), guard)
             greet(world, run_dir)
             yield world
     finally:  # whoever gets here leaves together with all other ranks
         if base is None:
             MPI.Finalize()
         else:
-            ulfm.leave(base)
+            base.leave()
 
 
 def _mpi_is_running() -> bool:
@@ -202,7 +200,7 @@ def _mpi_is_running() -> bool:
     return bool(MPI.Is_initialized()) and not MPI.Is_finalized()
 
 
-def _arrive(device: str, base: Revocable | None, comm: MPI.Comm, guard: Guard | None) -> World:
+def _arrive(device: str, base: Base | None, comm: MPI.Comm, guard: Guard | None) -> World:
     """Meet the other ranks, share out the cores. Collective over `comm`."""
     from mpi4py import MPI
 

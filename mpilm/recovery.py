@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from mpilm import assemble, resume, ulfm
+from mpilm import assemble, resume
 from mpilm.checkpoint import Writer
 from mpilm.comm import p2p
 from mpilm.config import Config
@@ -93,17 +93,17 @@ class Run:
             attempt = self._recover
 
     def _require_loss(self, error: Exception) -> None:
-        if self.world.base is None or not ulfm.lost(error, self.world.base):
+        if self.world.base is None or not self.world.base.lost(error):
             raise error
         self.noticed = time.perf_counter()
         traceback.clear_frames(error.__traceback__)     # they hold the program that has ended
-        ulfm.revoke(self.world.base)
+        self.world.base.revoke()
         if isinstance(self.program, Trainer):
             self.program.commit.withdraw()
 
     def _all_done(self) -> bool:
         assert self.world.base is not None
-        return ulfm.all_say(self.world.base, self.done)
+        return self.world.base.all_say(self.done)
 
     def _attempt(self) -> None:
         """Assemble, train, finish; or wait, as a spare. Collective over the world."""

@@ -4,27 +4,34 @@ Under `mpirun --with-ft ulfm` (Open MPI 5 and newer) an operation with a dead ra
 launcher ends the whole job. Only ranks that wait for the dead one hear of it, so whoever does revokes every
 communicator it knows, and all ranks get out of whatever they wait in.
 
-    base = revocable(MPI.COMM_WORLD.Dup())      # and whatever is made from it is known by `base.family`
+    base = Base(MPI.COMM_WORLD.Dup())
+    comm = base.root.Dup()      # this one, and whatever is made from it, base.revoke() ends
     try:
         ...
-    except MPI.Exception as error:
-        if not lost(error, base):
+    except Exception as error:
+        if not base.lost(error):
             raise
-        comm = shrink(base)                     # those who are alive, in the same order
+        base.revoke()
+        comm = base.shrink().Dup()      # those who are alive, in the same order
 
-Survivors may have come to know of several deaths in different places, but all of them meet at `base`: only `Agree` and
-`Shrink` work on it then, and they always do.
+Survivors may have come to know of several deaths in different places, but all of them meet at the base: only agreement
+and shrinking happen there, and they always work.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import reduce
+from typing import Any
 
 from mpi4py import MPI
 
 SURE_S = 1.0    # within which the launcher tells of a death that an operation has stumbled over
+WATCH_S = 0.05
 
 
 def active() -> bool:
@@ -33,92 +40,132 @@ def active() -> bool:
 
 
 class Revocable(MPI.Intracomm):
-    """A communicator that knows all those that were made from it.
+    """A communicator of a family.
 
     Attributes:
-        family: It, those that it comes from, and those that come from them, as long as they are not freed.
+        family: Itself, where it comes from, and whatever comes from them.
     """
 
-    family: list[Revocable]
-
-    def _adopt(self, made: MPI.Comm) -> Revocable:
-        child = Revocable(made)
-        child.family = self.family
-        self.family.append(child)
-        return child
+    family: Family
 
     def Dup(self, info: MPI.Info | None = None) -> Revocable:  # noqa: N802 - MPI's names
         """As MPI's."""
-        return self._adopt(super().Dup(info))
+        return self.family.adopt(super().Dup(info))
 
     def Split(self, color: int = 0, key: int = 0) -> Revocable:  # noqa: N802
         """As MPI's; every rank has a color."""
-        return self._adopt(super().Split(color, key))
+        return self.family.adopt(super().Split(color, key))
 
     def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Revocable:  # noqa: N802
         """As MPI's."""
-        return self._adopt(super().Split_type(split_type, key, info))
+        return self.family.adopt(super().Split_type(split_type, key, info))
+
+    def allreduce(self, sendobj: Any, op: MPI.Op | Callable[[Any, Any], Any] = MPI.SUM) -> Any:
+        """As mpi4py's, which makes a communicator of its own that nobody could revoke."""
+        return reduce(op, self.allgather(sendobj))
 
     def Free(self) -> None:  # noqa: N802
         """As MPI's."""
-        self.family[:] = [comm for comm in self.family if comm is not self]
-        super().Free()
+        with self.family.lock:
+            self.family.members[:] = [comm for comm in self.family.members if comm is not self]
+            super().Free()
 
 
-def revocable(comm: MPI.Comm) -> Revocable:
-    """The same communicator, at the head of a family of its own."""
-    head = Revocable(comm)
-    head.family = [head]
-    return head
+class Family:
+    """A communicator and all that are made from it, as long as they are not freed."""
+
+    def __init__(self, root: MPI.Comm) -> None:
+        self.lock, self.members = threading.RLock(), list[Revocable]()
+        self.root = self.adopt(root)
+
+    def adopt(self, made: MPI.Comm) -> Revocable:
+        """The same communicator, as one of the family."""
+        child = Revocable(made)
+        child.family = self
+        with self.lock:
+            self.members.append(child)
+        return child
+
+    def revoke(self) -> None:
+        """Have every operation on any of them raise, on all ranks. Local."""
+        with self.lock:
+            for member in self.members:
+                if not member.Is_revoked():
+                    member.Revoke()
 
 
-def lost(error: BaseException, base: MPI.Comm) -> bool:
-    """Whether an error comes of a rank's death.
+class Base:
+    """Where the living meet, and the communicators that end with every death.
 
-    An operation that notices it first may just fail with MPI_ERR_OTHER, or a collective of Open MPI's succeed with
-    garbage that nobody can read; then the launcher's word counts. A mistake of our own will show again.
+    Open MPI drops the news that a communicator is revoked on ranks that are still making it. So nobody uses a root
+    before all have it, and a thread passes its end on to the rest of the family as long as there is something left.
+
+    Args:
+        comm: All ranks; only for this. Collective over it.
     """
-    if not active():
-        return False
-    certain = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
-    if isinstance(error, MPI.Exception) and error.Get_error_class() in certain:
-        return True
-    deadline = time.monotonic() + SURE_S
-    while not (found := base.Is_revoked() or base.Get_failed().size > 0) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return bool(found)
 
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm, self.over = comm, threading.Event()
+        self.family = Family(comm.Dup())
+        self.thread = threading.Thread(target=self._watch, name="deaths", daemon=True)
+        if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            self.thread.start()
 
-def revoke(base: Revocable) -> None:
-    """Have every operation on the family of `base` raise, on all ranks. Local."""
-    for member in list(base.family):
-        if not member.Is_revoked():
-            member.Revoke()
+    @property
+    def root(self) -> Revocable:
+        """Everyone who was alive after the last death; not to be freed."""
+        return self.family.root
 
+    def _watch(self) -> None:
+        while not self.over.wait(WATCH_S):
+            family = self.family    # of this moment: a new one must not be ended for the old one's sake
+            if family.root.Is_revoked():
+                family.revoke()
 
-def shrink(base: Revocable) -> Revocable:
-    """Those of `base` who are alive. Collective over them, and cannot fail."""
-    return base._adopt(base.Shrink())
+    def lost(self, error: Exception) -> bool:
+        """Whether an error comes of a death.
 
+        An operation that notices it first may just fail with MPI_ERR_OTHER, or a collective of Open MPI's succeed with
+        garbage that nobody can read; then the launcher's word counts. A mistake of our own will show again.
+        """
+        certain = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
+        if isinstance(error, MPI.Exception) and error.Get_error_class() in certain:
+            return True
+        deadline = time.monotonic() + SURE_S
+        while not (found := self.root.Is_revoked() or self.root.Get_failed().size > 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return bool(found)
 
-def all_say(base: MPI.Comm, flag: bool) -> bool:
-    """Whether all who are alive say yes: the same answer to all. Collective over them, and cannot fail."""
-    while True:
-        try:
-            return bool(base.Agree(int(flag)))
-        except MPI.Exception as error:  # to all alike: somebody has died since the last time
-            if error.Get_error_class() != MPI.ERR_PROC_FAILED:
-                raise
-            base.Ack_failed()
+    def revoke(self) -> None:
+        """Have every operation on the family raise, on all ranks. Local."""
+        self.family.revoke()
 
+    def shrink(self) -> Revocable:
+        """A new root, of those who are alive. Collective over them, and cannot fail."""
+        self.family = Family(self.comm.Shrink())
+        self.all_say(True)
+        return self.root
 
-def leave(base: MPI.Comm) -> None:
-    """Meet all who are alive for the last time; what follows is the end of the process, without MPI_Finalize.
+    def all_say(self, flag: bool) -> bool:
+        """Whether all who are alive say yes: the same answer to all. Collective over them, and cannot fail."""
+        while True:
+            try:
+                return bool(self.comm.Agree(int(flag)))
+            except MPI.Exception as error:  # to all alike: somebody has died since the last time
+                if error.Get_error_class() != MPI.ERR_PROC_FAILED:
+                    raise
+                self.comm.Ack_failed()
 
-    That waits for a fence of the launcher's, which after a death close to another never comes about (seen in Open MPI
-    5.0's PRRTE); and the launcher takes it well, and removes what is left in /dev/shm, when nobody finalizes.
-    """
-    all_say(base, True)
+    def leave(self) -> None:
+        """Meet all who are alive for the last time; what follows is the end of the process, without MPI_Finalize.
+
+        That waits for a fence of the launcher's, which after a death close to another never comes about (seen in Open
+        MPI 5.0's PRRTE); and the launcher takes it well, and removes what is left in /dev/shm, when nobody finalizes.
+        """
+        self.over.set()
+        if self.thread.is_alive():
+            self.thread.join()
+        self.all_say(True)
 
 
 def living(comm: MPI.Comm, alive: MPI.Group) -> list[int]:
