@@ -95,7 +95,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
     roles = assign(config, world)
     stop = Stop(world.dup("stop"), asked or Asked(config.run))
     where = Where()
-    alive = partial(beating, world, config.run, where)
+    alive = partial(beating, world, config.run, where, scribe=roles.rank(0))
     if roles.serving:
         state = start(reader)
         server, update = serve(config, shape, decision, roles, state, values(Slices(shape), config.run.seed, reader))

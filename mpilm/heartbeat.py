@@ -1,9 +1,10 @@
 """Ranks that hang or lag are named: a thread of each tells where it is, in messages of its own.
 
-    every rank      a beat to ranks 0 and 1: my step, what I am doing, since when, how long I compute
+    every rank      a beat to the watchers: my step, what I am doing, since when, how long I compute
     rank 0          nobody has got any further for too long, or a rank does not beat: asks all for their stacks,
                     tells who is missing and where everyone is, ends the job
     rank 1          the same if rank 0 does not beat
+    the scribe      the rank that writes metrics.jsonl knows who lags
 
 The thread computes nothing and waits for nobody, so it also beats while its rank is stuck in a sum or a message. It
 needs MPI_THREAD_MULTIPLE.
@@ -79,13 +80,15 @@ class Heart:
         timeout_s: Without progress, or without a beat.
         slow: A rank is a straggler when its work takes so many times the median's.
         directory: Where `hang.txt` is written.
+        scribe: The rank that wants to know who lags.
     """
 
-    def __init__(self, comm: MPI.Comm, where: Where, *, timeout_s: float, slow: float, directory: str | Path) -> None:
+    def __init__(self, comm: MPI.Comm, where: Where, *, timeout_s: float, slow: float, directory: str | Path,
+                 scribe: int) -> None:
         self.comm, self.where, self.path = comm, where, Path(directory) / FILE
         self.vigil = Vigil(comm.size, timeout_s=timeout_s, slow=slow)
         self.period = timeout_s / BEATS
-        self.watchers = [rank for rank in (0, 1) if rank < comm.size]
+        self.watchers = [rank for rank in sorted({0, 1, scribe}) if rank < comm.size]
         self.sent: list[tuple[MPI.Request, Any]] = []
         self.stacks: dict[int, str] = {}
         self.over = threading.Event()
@@ -96,6 +99,11 @@ class Heart:
         """Stop beating."""
         self.over.set()
         self.thread.join()
+
+    @property
+    def lagging(self) -> dict[int, float]:
+        """Straggler -> how many times the median its own work takes; known to watchers."""
+        return dict(self.vigil.lagging)
 
     def _live(self) -> None:
         try:
@@ -136,11 +144,11 @@ class Heart:
                 self.stacks[status.source] = text
 
     def _judge(self) -> None:
-        if self.comm.rank > 0 and 0 not in self.vigil.missing():
-            return
-        for text in self.vigil.stragglers() if self.comm.rank == 0 else ():
-            warn(text)
-        if self.vigil.hangs():
+        for text in self.vigil.stragglers():
+            if self.comm.rank == 0:
+                warn(text)
+        judges = self.comm.rank == 0 or (self.comm.rank == 1 and 0 in self.vigil.missing())
+        if judges and self.vigil.hangs():
             self._end()
 
     def _end(self) -> None:
@@ -172,9 +180,9 @@ def stacks() -> str:
 
 
 @contextmanager
-def beating(world: World, config: Run, where: Where) -> Iterator[Heart | None]:
-    """A heart for the time of a block; None where it is not wanted (`hang_timeout_s` 0), or where this MPI cannot be
-    called from two threads, which is said. Collective over `world`."""
+def beating(world: World, config: Run, where: Where, scribe: int = 0) -> Iterator[Heart | None]:
+    """A heart for the time of a block, see Heart; None where it is not wanted (`hang_timeout_s` 0), or where this MPI
+    cannot be called from two threads, which is said. Collective over `world`."""
     if not config.hang_timeout_s:
         yield None
         return
@@ -183,7 +191,7 @@ def beating(world: World, config: Run, where: Where) -> Iterator[Heart | None]:
         yield None
         return
     heart = Heart(world.dup("heartbeat"), where, timeout_s=config.hang_timeout_s, slow=config.straggler,
-                  directory=config.dir)
+                  directory=config.dir, scribe=scribe)
     try:
         yield heart
     finally:

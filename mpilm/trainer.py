@@ -19,7 +19,7 @@ from mpilm.comm.mesh import Mesh
 from mpilm.comm.p2p import Traffic
 from mpilm.config import Config
 from mpilm.data.loader import Loader
-from mpilm.heartbeat import Where
+from mpilm.heartbeat import Heart, Where
 from mpilm.log import UserError, say
 from mpilm.metrics import Metrics
 from mpilm.optim import Update
@@ -58,12 +58,13 @@ class Trainer:
     stop: Stop
     meets: Callable[[int], bool]
     where: Where
-    beating: Callable[[], AbstractContextManager[object]]
+    beating: Callable[[], AbstractContextManager[Heart | None]]
     flops_per_token: int
     peak_flops: float
     past: Past = field(default_factory=Past)
     owed: Owed | None = None
     loss: float = math.nan
+    heart: Heart | None = None
     reason: str | None = None   # why it stops before the end
     seconds: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)  # tokens/s of every record
@@ -75,7 +76,7 @@ class Trainer:
 
     def run(self) -> str | None:
         """Train until `run.steps` steps are done, or until something asks for a stop: returns what."""
-        with closing(self.metrics), closing(self.loader), self.beating():
+        with closing(self.metrics), closing(self.loader), self.beating() as self.heart:
             window = Window(self.sync.done(self.state.step))
             if self.owed is not None:
                 self._tell(window)
@@ -157,7 +158,11 @@ class Trainer:
         return {"step": self.state.step, "loss": self.loss, "lr": self.update.lr, "grad_norm": self.sync.grad_norm,
                 "tokens": round(done * tokens), "tokens_per_s": speed,
                 "mfu": speed * self.flops_per_token / self.peak_flops, "skipped": self.state.skipped,
-                **self.sync.told(), **seconds}
+                **self.sync.told(), **self._stragglers(), **seconds}
+
+    def _stragglers(self) -> dict[str, Any]:
+        lagging = self.heart.lagging if self.heart is not None else {}
+        return {"stragglers": {str(rank): round(ratio, 2) for rank, ratio in lagging.items()}} if lagging else {}
 
     @contextmanager
     def _timed(self, key: str, doing: str) -> Iterator[None]:

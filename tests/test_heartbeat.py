@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 
@@ -42,6 +43,21 @@ def test_a_rank_that_stopped_is_named(data, tmp_path, victim, options):
     assert "thread MainThread" in left
     assert "p2p.py" in left, "nobody waits for the one that stopped"
     assert took < TIMEOUT_S + heartbeat.ANSWER_S + 10, "it took long, even for a busy machine"
+
+
+@pytest.mark.parametrize("options", [{}, {"sync.kind": "parameter_server", "sync.servers": 2}],
+                         ids=["replicas", "servers"])
+def test_a_rank_that_lags_is_named_in_log_and_metrics(data, tmp_path, options):
+    slow = 3
+    slowed = f"{slow}:mpilm.parallel.pipeline:Pipeline.run:+0.1"
+    options |= {"run.steps": 30, "run.hang_timeout_s": 1, "log.validate_every": 0}
+    with Job(4, data, tmp_path / "run", program=["tests.hurt_job", slowed], **options) as job:
+        assert job.wait() == 0, job.words.read_text()
+    assert f"rank {slow} is a straggler" in (tmp_path / "run" / "log.txt").read_text()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "stragglers" not in records[0]
+    assert list(records[-1]["stragglers"]) == [str(slow)]
+    assert records[-1]["stragglers"][str(slow)] > 1.5
 
 
 def beat(step, compute_s=0.1, part=0, doing="computing"):

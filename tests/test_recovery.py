@@ -36,6 +36,8 @@ MOMENTS = {
         4, "1:mpilm.parallel.pipeline:Pipeline.run:7,2:mpilm.recovery:_save:1,0:mpilm.assemble:program:2", {}),
     "a spare steps in, then at the end": (
         3, "1:mpilm.parallel.pipeline:Pipeline.run:7,0:mpilm.train:summarize:1", SPARE),
+    "before it tells of a step, then all but a spare": (
+        3, "0:mpilm.trainer:heed_skips:6,1:mpilm.assemble:program:2", SPARE),
     "a spare dies": (3, "2:mpilm.recovery:Run._muster:1,0:mpilm.parallel.pipeline:Pipeline.run:7", SPARE),
 }
 
@@ -59,7 +61,7 @@ def undisturbed(data, tmp_path_factory):
 def test_a_rank_is_killed(data, undisturbed, tmp_path, moment):
     ranks, kills, options = MOMENTS[moment]
     arguments = small_jobs.arguments(data, tmp_path, **SMALL | options)
-    result = helpers.run_nested(ranks, ["-m", "tests.killed_job", kills, *arguments], launcher=["--with-ft", "ulfm"])
+    result = helpers.run_nested(ranks, ["-m", "tests.hurt_job", kills, *arguments], launcher=["--with-ft", "ulfm"])
     assert result.rc == 0, result.stdout + result.stderr
     assert result.stdout.count(" died") == len(kills.split(",")), result.stdout
     assert (weights(tmp_path), losses(tmp_path)) == undisturbed

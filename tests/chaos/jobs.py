@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,11 +30,12 @@ class Job:
     """A job of `mpilm.train` on `ranks` ranks; what it says is in `directory`.txt."""
 
     def __init__(self, ranks: int, data: Path, directory: Path, *, ulfm: bool = False,
-                 environment: Mapping[str, str] | None = None, **changes: Any) -> None:
+                 environment: Mapping[str, str] | None = None, program: Sequence[str] = ("mpilm.train",), **changes: Any
+                 ) -> None:
         self.directory, self.words = directory, directory.with_suffix(".txt")
         options = OPTIONS | changes
         with self.words.open("a") as words:
-            args = ["-m", "mpilm.train", *small_jobs.arguments(data, directory, **options)]
+            args = ["-m", *program, *small_jobs.arguments(data, directory, **options)]
             self.process = helpers.start(ranks, args, launcher=["--with-ft", "ulfm"] if ulfm else (), stdout=words,
                                          stderr=subprocess.STDOUT, env=environment)
 
