@@ -37,6 +37,7 @@ from mpilm.state import Owed, Past, describe
 from mpilm.stop import AGAIN, Asked
 from mpilm.trainer import Trainer, due
 
+SPARE_NAP_S = 0.02
 TOO_FEW = 76    # exit code: the ranks that are left can't train this model; the same command goes on with more
 Program = Trainer | Serving
 Finish = Callable[[Program, Config, World], None]
@@ -114,7 +115,8 @@ class Run:
             if self.reason is None:
                 self.finish(self.program, config, crew)
         self.done = crew is not None
-        p2p.barrier(self.world.comm)    # spares wait here, and can't tell whether the others had finished if it fails
+        # Spares wait here for all of the run, and if it fails they can't tell whether the others had finished.
+        p2p.barrier(self.world.comm, longest_s=SPARE_NAP_S)
         self.done = True
 
     def _muster(self) -> tuple[Config, World | None]:

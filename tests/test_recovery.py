@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from mpi4py import MPI
 
 from tests import datasets, helpers, small_jobs
+from tests.chaos import soak
 from tests.chaos.jobs import OPTIONS, losses, weights
 
 pytestmark = [pytest.mark.serial, pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="needs ULFM: Open MPI")]
@@ -65,3 +68,9 @@ def test_a_rank_is_killed(data, undisturbed, tmp_path, moment):
     assert result.rc == 0, result.stdout + result.stderr
     assert result.stdout.count(" died") == len(kills.split(",")), result.stdout
     assert (weights(tmp_path), losses(tmp_path)) == undisturbed
+
+
+def test_nothing_piles_up_over_many_deaths(data, tmp_path):
+    trials = list(soak.soak(3, random.Random(1), data, tmp_path))
+    assert not [trial for trial in trials if trial.problem]
+    assert len(trials) == 4

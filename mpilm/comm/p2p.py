@@ -44,7 +44,7 @@ def wait(requests: Sequence[MPI.Request]) -> None:
     until(lambda: MPI.Request.Testall(pending) or None)
 
 
-def until(ready: Callable[[], T | None]) -> T:
+def until(ready: Callable[[], T | None], *, longest_s: float = LONGEST_NAP_S) -> T:
     """What `ready` returns, once it is not None. Whoever waits also keeps the line moving."""
     if (found := ready()) is not None:
         return found
@@ -55,13 +55,14 @@ def until(ready: Callable[[], T | None]) -> T:
             os.sched_yield()  # gives way to whoever shares the core
         else:
             time.sleep(nap)
-            nap = min(2 * nap, LONGEST_NAP_S)
+            nap = min(2 * nap, longest_s)
     return found
 
 
-def barrier(comm: MPI.Comm) -> None:
-    """All ranks of `comm` have arrived. Collective over `comm`."""
-    wait([comm.Ibarrier()])
+def barrier(comm: MPI.Comm, *, longest_s: float = LONGEST_NAP_S) -> None:
+    """All ranks of `comm` have arrived; whoever waits looks that often, seconds. Collective over `comm`."""
+    arrived = comm.Ibarrier()
+    until(lambda: arrived.Test() or None, longest_s=longest_s)
 
 
 class Traffic:

@@ -7,6 +7,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -32,13 +33,15 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=18, help="of every campaign")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--campaign", nargs="+", choices=list(CAMPAIGNS), default=list(CAMPAIGNS))
+    parser.add_argument("--every", type=float, default=soak.PAUSE_S, help="seconds between two kills of the soak")
     given = parser.parse_args()
+    campaigns = CAMPAIGNS | {"soak": partial(soak.soak, every_s=given.every)}
     rows, failed = [], 0
     folder = Path(tempfile.mkdtemp(prefix="mpilm-chaos-"))
     data = datasets.small(folder / "data")
     for name in given.campaign:
         begun, trials = time.monotonic(), []
-        for trial in CAMPAIGNS[name](given.trials, random.Random(given.seed), data, folder):
+        for trial in campaigns[name](given.trials, random.Random(given.seed), data, folder):
             trials.append(trial)
             print(f"{name} {len(trials):4}  {trial.case}: {trial.problem or 'good'}"
                   + (f" ({trial.seconds:.2f} s)" if trial.seconds is not None else ""), flush=True)

@@ -30,7 +30,7 @@ class Held:
         return f"{self.mib:.0f} MiB, {self.files} files, {self.threads} threads, {self.shared} blocks in /dev/shm"
 
 
-def soak(kills: int, draw: random.Random, data: Path, folder: Path, *, every_s: float = 1.0) -> Iterator[Trial]:
+def soak(kills: int, draw: random.Random, data: Path, folder: Path, *, every_s: float = PAUSE_S) -> Iterator[Trial]:
     """As many kills in one job, `every_s` seconds apart. The last trial is about what piled up."""
     directory = folder / "soak"
     options = {"run.spares": kills, "run.steps": 10**6, "checkpoint.every": 200, "log.validate_every": 0,
