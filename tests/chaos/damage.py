@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+SPARSE = 1 << 40    # bytes, of which none is on disk
+
 
 def flip(path, bit):
     """Turn over one bit."""
@@ -36,7 +38,7 @@ def to_directory(path):
 
 def to_link(path):
     """Put a link there, to what was there."""
-    target = path.with_name("elsewhere")
+    target = path.with_name(f"elsewhere-{path.name}")
     path.rename(target)
     path.symlink_to(target)
 
@@ -47,7 +49,7 @@ DAMAGE = {
     "truncated": lambda path, others: os.truncate(path, path.stat().st_size - 1),
     "halved": lambda path, others: os.truncate(path, path.stat().st_size // 2),
     "extended": lambda path, others: path.write_bytes(path.read_bytes() + b"\0"),
-    "sparse": lambda path, others: os.truncate(path, 1 << 40),
+    "sparse": lambda path, others: os.truncate(path, SPARSE),
     "zeroed": lambda path, others: path.write_bytes(b"\0" * path.stat().st_size),
     "flipped": lambda path, others: flip(path, path.stat().st_size * 4),
     "swapped": swap,

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpilm.checkpoint import Alone, Reader, newest
 from mpilm.log import UserError
-from tests.chaos.damage import DAMAGE, flip
+from tests.chaos.damage import DAMAGE, SPARSE, flip
 from tests.chaos.jobs import Job
 from tests.chaos.kills import Trial
 
@@ -32,7 +32,8 @@ def damaged(trials: int, draw: random.Random, data: Path, folder: Path) -> Itera
 
 
 def _damage(directory: Path, draw: random.Random) -> str:
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(directory.rglob("*"))
+             if path.is_file() and not path.is_symlink() and path.stat().st_size < SPARSE]
     victim = draw.choice(files)
     others = [path for path in files if path != victim]
     kind = draw.choice([*DAMAGE, *["a bit"] * len(DAMAGE)])
