@@ -30,7 +30,11 @@ from typing import Any
 
 from mpi4py import MPI
 
-SURE_S = 1.0    # within which the launcher tells of a death that an operation has stumbled over
+from mpilm.log import UserError
+
+# Within which the launcher tells of a death that an operation has stumbled over, even on a machine with much to do: of
+# an error of MPI's, which hardly has another cause, and of any other.
+SURE_S, UNSURE_S = 30.0, 3.0
 WATCH_S = 0.05
 
 
@@ -126,12 +130,14 @@ class Base:
         """Whether an error comes of a death.
 
         An operation that notices it first may just fail with MPI_ERR_OTHER, or a collective of Open MPI's succeed with
-        garbage that nobody can read; then the launcher's word counts. A mistake of our own will show again.
+        garbage that nobody can read; then the launcher's word counts. A mistake of our own will show again, and one of
+        the user's is known to all ranks without waiting.
         """
         certain = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
         if isinstance(error, MPI.Exception) and error.Get_error_class() in certain:
             return True
-        deadline = time.monotonic() + SURE_S
+        patience = 0 if isinstance(error, UserError) else SURE_S if isinstance(error, MPI.Exception) else UNSURE_S
+        deadline = time.monotonic() + patience
         while not (found := self.root.Is_revoked() or self.root.Get_failed().size > 0) and time.monotonic() < deadline:
             time.sleep(0.01)
         return bool(found)
