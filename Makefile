@@ -46,7 +46,7 @@ test-8: $(VENV)/.ready-test
 	@$(ACTIVATE) && mpirun -np 8 $(PYTEST) tests/test_contract.py $(ARGS)
 
 lint: $(VENV)/.ready-test
-	@$(ACTIVATE) && ruff check . && mypy && shellcheck .ci/run jobs/*.slurm
+	@$(ACTIVATE) && ruff check . && mypy && shellcheck .ci/run jobs/*.slurm jobs/*.pbs jobs/*.sh jobs/sites/*.sh
 
 bench: $(VENV)/.ready-test
 	@$(ACTIVATE) && for name in allreduce train pipeline tensor sharded memory server slow quality compress data checkpoint; do \
