@@ -40,8 +40,9 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# How long a requeued job waits at least before it starts again is the lifetime of credentials: 120 s by default.
-AuthInfo=socket={directory}/munge.socket,cred_expire=3
+# How long a requeued job waits at least before it starts again is the lifetime of credentials: 120 s, if it is not given
+# or less than 5.
+AuthInfo=socket={directory}/munge.socket,cred_expire=5
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
 SlurmdLogFile={directory}/slurmd-%n.log
