@@ -34,6 +34,7 @@ def queue(tmp_path):
         environment = clean_environment() | settings("openmpi" if MPI.get_vendor()[0] == "Open MPI" else "mpich") | {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PBS_NODEFILE": str(nodes),
             "PBS_O_WORKDIR": str(REPOSITORY), "MPILM_ARGS": " ".join(arguments)}
+        submitted.unlink(missing_ok=True)
         waiting, codes = [f"-V jobs/{script}"], []
         while waiting and len(codes) < MOST_JOBS:
             ended = subprocess.run(["bash", waiting.pop().split()[-1]], cwd=REPOSITORY, env=environment, timeout=120,
@@ -46,28 +47,21 @@ def queue(tmp_path):
     return running
 
 
-def arguments(directory: Path, **changes):
+def arguments(data: Path, directory: Path, **changes):
     """Of a run of three steps."""
-    data = datasets.small(directory / "data")
-    return small_jobs.arguments(data, directory / "run", **{"run.steps": 3} | changes)
-
-
-def undisturbed(directory: Path):
-    """Weights of the same run, started without PBS."""
-    options = small_jobs.arguments(directory / "data", directory / "undisturbed", **{"run.steps": 3})
-    assert run_nested(0, ["-m", "mpilm.train", *options]).rc == 0
-    return weights(directory / "undisturbed")
+    return small_jobs.arguments(data, directory, **{"run.steps": 3} | changes)
 
 
 def test_a_job_that_is_out_of_time_submits_another(queue, tmp_path):
-    assert queue("train_resubmit.pbs", arguments(tmp_path, **OUT_OF_TIME)) == [75, 0]
-    assert weights(tmp_path / "run") == undisturbed(tmp_path)
+    data = datasets.small(tmp_path / "data")
+    assert queue("train_resubmit.pbs", arguments(data, tmp_path / "run", **OUT_OF_TIME)) == [75, 0]
+    finished = weights(tmp_path / "run")
+    assert run_nested(0, ["-m", "mpilm.train", *arguments(data, tmp_path / "undisturbed")]).rc == 0
+    assert finished == weights(tmp_path / "undisturbed")
+    assert queue("train_array.pbs", arguments(data, tmp_path / "run")) == [0]
+    assert weights(tmp_path / "run") == finished, "an element that is left does nothing"
 
 
 def test_what_fails_stays_away(queue, tmp_path):
-    assert queue("train_resubmit.pbs", arguments(tmp_path, **{"run.stop_signals": "NONE"})) == [2]
-
-
-def test_a_finished_run_does_nothing(queue, tmp_path):
-    for _ in range(2):
-        assert queue("train_array.pbs", arguments(tmp_path)) == [0]
+    options = arguments(datasets.small(tmp_path / "data"), tmp_path / "run", **{"run.stop_signals": "NONE"})
+    assert queue("train_resubmit.pbs", options) == [2]

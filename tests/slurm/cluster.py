@@ -59,7 +59,6 @@ SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=5
 MailProg=/bin/true
 ReturnToService=2
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port} CPUs=2 State=UNKNOWN

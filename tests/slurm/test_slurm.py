@@ -48,7 +48,8 @@ def test_what_is_cancelled_is_saved_and_stays_away(submit, tmp_path):
     job.until(lambda: steps(tmp_path / "run") > 5)
     job.cancel()
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), job.words
-    job.until(lambda: "saved" in job.words)
+    job.until(lambda: "Exited with exit code 75" in job.words)
+    assert "a rank got SIGTERM; saved" in job.words
     assert int(weights(tmp_path / "run").split()[0]) > 5
 
 
@@ -66,7 +67,7 @@ def test_what_gives_way_to_another_is_saved_and_comes_back(submit, slurm, tmp_pa
 
 
 def test_an_array_is_a_chain(submit, undisturbed, tmp_path):
-    job = submit("train_array", ONE_MINUTE, "--nodes=1", "--array=1-3%1", **OUT_OF_TIME)
+    job = submit("train_array", ONE_MINUTE, "--nodes=1", "--ntasks-per-node=1", "--array=1-3%1", **OUT_OF_TIME)
     assert [job.element(number).ends() for number in (1, 2, 3)] == [("FAILED", 75), ("COMPLETED", 0), ("COMPLETED", 0)]
     assert weights(tmp_path / "run") == undisturbed
 
