@@ -14,6 +14,7 @@ from mpi4py import MPI
 
 from mpilm import arithmetic, connect, menu, resume, room, sync, ulfm
 from mpilm.arithmetic import Arithmetic
+from mpilm.asked import Asked
 from mpilm.checkpoint import Reader, Writer
 from mpilm.comm.mesh import Mesh
 from mpilm.comm.roles import Roles
@@ -37,7 +38,7 @@ from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Holder, Saver
 from mpilm.server import Serving, meets
 from mpilm.state import Past, Read, TrainState, owed, start, values
-from mpilm.stop import Asked, Stop
+from mpilm.stop import Stop
 from mpilm.sync import Synchronizer
 from mpilm.sync._clocks import Clocks
 from mpilm.sync._compressed import compressed

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpilm import assemble, resume
+from mpilm.asked import Asked
 from mpilm.checkpoint import Writer
 from mpilm.comm import p2p
 from mpilm.config import Config
@@ -34,7 +35,7 @@ from mpilm.parallel import layout
 from mpilm.saver import Saver
 from mpilm.server import Serving
 from mpilm.state import Owed, Past, describe
-from mpilm.stop import AGAIN, Asked
+from mpilm.stop import AGAIN
 from mpilm.trainer import Trainer, due
 
 SPARE_NAP_S = 0.02
@@ -56,12 +57,14 @@ class Run:
 
     Args:
         world: Everyone, spares too.
+        asked: Whether it must stop before its end.
         greet: Called with a world whose rank 0 may be a new one.
         finish: What to do when all steps are done. Collective over those who trained.
     """
 
     config: Config
     world: World
+    asked: Asked
     greet: Callable[[World], None]
     finish: Finish
     program: Program | None = None
@@ -77,8 +80,7 @@ class Run:
             EndError: So many have died that no layout is left; or it stopped before the end (stop.py).
         """
         say(promise(self.world, self.config))
-        with Asked(self.config.run) as self.asked:
-            self._until_done()
+        self._until_done()
         if self.reason is not None:
             raise EndError(AGAIN, f"stopped because {self.reason}; saved, and the same command goes on")
 

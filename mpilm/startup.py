@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -42,7 +43,14 @@ def tune_malloc() -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    # The new program has no handlers yet: a signal that has one here waits until it has one there (asked.py).
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number for number in signal.valid_signals() if _is_heeded(number)])
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": MALLOC})
+
+
+def _is_heeded(number: int) -> bool:
+    handler = signal.getsignal(number)
+    return callable(handler) and handler is not signal.default_int_handler
 
 
 def allow_open_files() -> None:

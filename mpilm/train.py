@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from mpilm import launch, options
+from mpilm.asked import Asked
 from mpilm.config import Config
 from mpilm.launch import World
 from mpilm.lock import locked
@@ -27,13 +28,14 @@ DESCRIPTION = "Train a language model on the ranks that mpirun or srun started; 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, launch, train, tell what came out."""
     config = options.parse(argv, description=DESCRIPTION)
-    with launch.session(run_dir=config.run.dir) as world, ExitStack() as stack:
+    with (Asked(config.run, for_good=argv is None) as asked, launch.session(run_dir=config.run.dir) as world,
+          ExitStack() as stack):
         from mpilm import recovery
 
         directory = RunDirectory(config.run.dir, stack)
         directory.lock(world)
         config.data.path = config.data.path or built_in(world)
-        recovery.Run(config, world, directory.greet, summarize).run()
+        recovery.Run(config, world, asked, directory.greet, summarize).run()
 
 
 class RunDirectory:

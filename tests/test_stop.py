@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from mpilm import allocation, stop
+from mpilm import allocation, asked, stop
 from mpilm.config import Run
 from mpilm.log import UserError
 from tests import datasets
@@ -53,6 +55,24 @@ def test_whoever_gets_it(data, tmp_path, options, ranks, rank):
     assert int(weights(tmp_path / "run").split()[0]) >= 8
 
 
+def test_no_moment_is_the_wrong_one(data, tmp_path):
+    """Signals from before MPI starts until the process is gone: the exit code is that of a run that is saved."""
+    with Job(2, data, tmp_path / "run") as job:
+        assert job.until(lambda: 1 in job.ranks() and heeds(job.ranks()[1], signal.SIGUSR1)), job.words.read_text()
+        while job.process.poll() is None:
+            job.signal(1, signal.SIGUSR1)
+            time.sleep(0.002)
+        assert job.wait() == stop.AGAIN, job.words.read_text()
+    assert "stopped because a rank got SIGUSR1; saved" in job.words.read_text()
+    assert int(weights(tmp_path / "run").split()[0]) >= 2
+
+
+def heeds(pid, number):
+    """Whether this signal would not end this process: it has a handler for it, or blocks it."""
+    found = re.findall(r"^Sig(?:Cgt|Blk):\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in found)
+
+
 def test_the_time_limit(data, tmp_path):
     with Job(2, data, tmp_path / "run", **{"run.steps": 100000, "run.time_limit_s": 6, "run.stop_before_s": 3}) as job:
         assert job.wait() == stop.AGAIN, job.words.read_text()
@@ -62,8 +82,8 @@ def test_the_time_limit(data, tmp_path):
 
 def test_the_allocation_is_the_limit(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "2000000000")
-    assert stop.Asked(Run()).limit() == 2000000000
-    assert stop.Asked(Run(time_limit_s=100)).limit() == pytest.approx(time.time() + 100, abs=5)
+    assert asked.Asked(Run()).limit() == 2000000000
+    assert asked.Asked(Run(time_limit_s=100)).limit() == pytest.approx(time.time() + 100, abs=5)
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("1-00:00:00", 86400), ("10:00", 600), ("1:00:00\n", 3600),
@@ -82,9 +102,9 @@ def test_what_qstat_says():
 @pytest.mark.parametrize("names", ["KILL", "USR3", "USR1 TERM", "SIG_DFL"])
 def test_what_is_no_signal(names):
     with pytest.raises(UserError, match=r"--run\.stop_signals .*: .* is no signal"):
-        stop.numbers(names)
+        asked.numbers(names)
 
 
 def test_signals_by_name():
-    assert stop.numbers("usr1, SIGTERM") == [signal.SIGUSR1, signal.SIGTERM]
-    assert stop.numbers("") == []
+    assert asked.numbers("usr1, SIGTERM") == [signal.SIGUSR1, signal.SIGTERM]
+    assert asked.numbers("") == []

@@ -40,8 +40,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# How long a requeued job waits at least before it starts again is the lifetime of credentials: 120 s, if it is not given
-# or less than 5.
+# How long a requeued job waits at least before it starts again is the lifetime of credentials: 5 s at least, 120 s
+# if less or nothing is given.
 AuthInfo=socket={directory}/munge.socket,cred_expire=5
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
