@@ -31,7 +31,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scan
 PACKAGES = "slurm-wlm munge libpmix-dev"
 PMIX = "*/pmix2/lib/libpmix.so"     # Slurm's plug-in loads it by this name, which only the -dev package has
 NODES = ("n1", "n2")
-SECONDS = 30.0
+SECONDS = 120.0     # on a machine that has much else to do
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -63,7 +63,7 @@ MailProg=/bin/true
 ReturnToService=2
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2_port} CPUs=2 State=UNKNOWN
-PartitionName=normal Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=30
+PartitionName=normal Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=n1,n2 MaxTime=60 PriorityTier=2 PreemptMode=OFF
 """
 

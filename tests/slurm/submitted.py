@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.slurm.cluster import Cluster
 
 SMALL = ("--ntasks-per-node=2", "--time=5")
-SECONDS = 60.0
+SECONDS = 120.0
 # Both nodes are on the same cores, which a rank that counts those of its node cannot know.
 GIVE_WAY = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_POLLS_BEFORE_YIELD": "1"}
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"}
