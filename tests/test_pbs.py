@@ -14,7 +14,7 @@ from mpi4py import MPI
 from tests import datasets, small_jobs
 from tests.chaos.jobs import weights
 from tests.helpers import REPOSITORY, clean_environment, run_nested
-from tests.slurm.submitted import settings
+from tests.slurm.submitted import files, settings
 
 pytestmark = [pytest.mark.serial, pytest.mark.slow]
 OUT_OF_TIME = {"run.time_limit_s": 1, "run.stop_before_s": 100}
@@ -31,7 +31,8 @@ def queue(tmp_path):
     nodes.write_text("localhost\nlocalhost\n")
 
     def running(script, arguments):
-        environment = clean_environment() | settings("openmpi" if MPI.get_vendor()[0] == "Open MPI" else "mpich") | {
+        site = "openmpi" if MPI.get_vendor()[0] == "Open MPI" else "mpich"
+        environment = clean_environment() | settings(site, tmp_path) | {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PBS_NODEFILE": str(nodes),
             "PBS_O_WORKDIR": str(REPOSITORY), "MPILM_ARGS": " ".join(arguments)}
         submitted.unlink(missing_ok=True)
@@ -56,7 +57,8 @@ def test_a_job_that_is_out_of_time_submits_another(queue, tmp_path):
     data = datasets.small(tmp_path / "data")
     assert queue("train_resubmit.pbs", arguments(data, tmp_path / "run", **OUT_OF_TIME)) == [75, 0]
     finished = weights(tmp_path / "run")
-    assert run_nested(0, ["-m", "mpilm.train", *arguments(data, tmp_path / "undisturbed")]).rc == 0
+    undisturbed = ["-m", "mpilm.train", *arguments(data, tmp_path / "undisturbed")]
+    assert run_nested(0, undisturbed, env=files(tmp_path)).rc == 0
     assert finished == weights(tmp_path / "undisturbed")
     assert queue("train_array.pbs", arguments(data, tmp_path / "run")) == [0]
     assert weights(tmp_path / "run") == finished, "an element that is left does nothing"

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from tests import datasets, helpers, small_jobs
 from tests.chaos.jobs import weights
 from tests.slurm import cluster
-from tests.slurm.submitted import Submitted
+from tests.slurm.submitted import Submitted, files
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Step and weights of a run of `small_jobs.OPTIONS`, but for three steps, without Slurm."""
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    result = helpers.run_nested(0, ["-m", "mpilm.train", *small_jobs.arguments(data, directory, **{"run.steps": 3})])
+    result = helpers.run_nested(0, ["-m", "mpilm.train", *small_jobs.arguments(data, directory, **{"run.steps": 3})],
+                                env=files(directory.parent))
     assert result.rc == 0, result.stderr
     return weights(directory)
 

@@ -20,10 +20,16 @@ GIVE_WAY = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_POLLS_BEFORE_YIELD":
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"}
 
 
-def settings(site: str) -> dict[str, str]:
-    """What the scripts read from the environment: this Python's, and the settings of its MPI."""
+def settings(site: str, directory: Path) -> dict[str, str]:
+    """What the scripts read from the environment: this Python's, and the settings of its MPI, which keeps its files in
+    `directory`."""
     is_environment = (Path(sys.prefix) / "bin" / "activate").exists()
-    return {"MPILM_SITE": site, "MPILM_VENV": sys.prefix if is_environment else "none", **GIVE_WAY}
+    return {"MPILM_SITE": site, "MPILM_VENV": sys.prefix if is_environment else "none", **GIVE_WAY, **files(directory)}
+
+
+def files(directory: Path) -> dict[str, str]:
+    """Where Open MPI's shared memory is: a process without others on its node leaves it behind."""
+    return {"OMPI_MCA_btl_sm_backing_directory": str(directory)}
 
 
 class Submitted:
@@ -32,7 +38,7 @@ class Submitted:
     def __init__(self, cluster: Cluster, script: str, *arguments: str, log: Path, options: Sequence[str] = (),
                  site: str = "openmpi") -> None:
         self.cluster, self.log = cluster, log
-        given = [f"{name}={value}" for name, value in settings(site).items()]
+        given = [f"{name}={value}" for name, value in settings(site, cluster.directory).items()]
         command = ["env", *given, "sbatch", "--parsable", f"--output={log}", *SMALL, *options, f"jobs/{script}.slurm"]
         self.id = cluster.ask(*command, *arguments).strip()
 
