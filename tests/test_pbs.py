@@ -3,6 +3,7 @@ queue, and the `qsub` that a script calls puts a line into a file."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from mpi4py import MPI
 
 from tests import datasets, small_jobs
 from tests.chaos.jobs import weights
-from tests.helpers import REPOSITORY, clean_environment, run_nested
-from tests.slurm.submitted import files, settings
+from tests.helpers import REPOSITORY, clean_environment
+from tests.slurm.submitted import settings
 
 pytestmark = [pytest.mark.serial, pytest.mark.slow]
 OUT_OF_TIME = {"run.time_limit_s": 1, "run.stop_before_s": 100}
@@ -30,11 +31,11 @@ def queue(tmp_path):
     qsub.chmod(0o755)
     nodes.write_text("localhost\nlocalhost\n")
 
-    def running(script, arguments):
+    def running(script, arguments, **variables):
         site = "openmpi" if MPI.get_vendor()[0] == "Open MPI" else "mpich"
         environment = clean_environment() | settings(site, tmp_path) | {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PBS_NODEFILE": str(nodes),
-            "PBS_O_WORKDIR": str(REPOSITORY), "MPILM_ARGS": " ".join(arguments)}
+            "PBS_O_WORKDIR": str(REPOSITORY), "MPILM_ARGS": " ".join(arguments)} | variables
         submitted.unlink(missing_ok=True)
         waiting, codes = [f"-V jobs/{script}"], []
         while waiting and len(codes) < MOST_JOBS:
@@ -56,14 +57,24 @@ def arguments(data: Path, directory: Path, **changes):
 def test_a_job_that_is_out_of_time_submits_another(queue, tmp_path):
     data = datasets.small(tmp_path / "data")
     assert queue("train_resubmit.pbs", arguments(data, tmp_path / "run", **OUT_OF_TIME)) == [75, 0]
-    finished = weights(tmp_path / "run")
-    undisturbed = ["-m", "mpilm.train", *arguments(data, tmp_path / "undisturbed")]
-    assert run_nested(0, undisturbed, env=files(tmp_path)).rc == 0
-    assert finished == weights(tmp_path / "undisturbed")
-    assert queue("train_array.pbs", arguments(data, tmp_path / "run")) == [0]
-    assert weights(tmp_path / "run") == finished, "an element that is left does nothing"
+    assert queue("train_many_nodes.pbs", arguments(data, tmp_path / "undisturbed")) == [0]
+    assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
 
 
 def test_what_fails_stays_away(queue, tmp_path):
     options = arguments(datasets.small(tmp_path / "data"), tmp_path / "run", **{"run.stop_signals": "NONE"})
     assert queue("train_resubmit.pbs", options) == [2]
+
+
+def test_data_is_prepared_and_a_server_trains(queue, tmp_path, capsys):
+    (tmp_path / "text.py").write_text(inspect.getsource(inspect))
+    where = {"TEXT": str(tmp_path / "text.py"), "TO": str(tmp_path / "tokens"), "VOCABULARY": "300"}
+    assert queue("prepare_data.pbs", [], **where) == [0]
+    assert (tmp_path / "tokens.tokenizer.json").exists()
+    assert queue("parameter_server.pbs", arguments(tmp_path / "tokens", tmp_path / "run")) == [0]
+    assert "finished at step 3" in capsys.readouterr().out
+
+
+def test_nodes_are_measured(queue, capsys):
+    assert queue("benchmark.pbs", ["compress", "--mib", "1", "--json"]) == [0]
+    assert '"bench": "compress"' in capsys.readouterr().out
