@@ -61,9 +61,11 @@ def test_a_job_that_is_out_of_time_submits_another(queue, tmp_path):
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
 
 
-def test_what_fails_stays_away(queue, tmp_path):
-    options = arguments(datasets.small(tmp_path / "data"), tmp_path / "run", **{"run.stop_signals": "NONE"})
-    assert queue("train_resubmit.pbs", options) == [2]
+@pytest.mark.parametrize("script", ["train_resubmit", "train_array", "train_one_node"])
+def test_what_fails_stays_away(queue, tmp_path, capsys, script):
+    options = arguments(tmp_path / "data", tmp_path / "run", **{"run.stop_signals": "NONE"})
+    assert queue(f"{script}.pbs", options) == [2]
+    assert "NONE is no signal" in capsys.readouterr().out
 
 
 def test_data_is_prepared_and_a_server_trains(queue, tmp_path, capsys):
