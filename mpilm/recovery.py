@@ -58,6 +58,7 @@ class Run:
     Args:
         world: Everyone, spares too.
         asked: Whether it must stop before its end.
+        prepare: What comes before anything else, once; again if somebody dies in it. Collective over a world.
         greet: Called with a world whose rank 0 may be a new one.
         finish: What to do when all steps are done. Collective over those who trained.
     """
@@ -65,10 +66,12 @@ class Run:
     config: Config
     world: World
     asked: Asked
+    prepare: Callable[[World], None]
     greet: Callable[[World], None]
     finish: Finish
     program: Program | None = None
     past: Past | None = None
+    prepared: bool = field(default=False, init=False)
     done: bool = field(default=False, init=False)
     reason: str | None = field(default=None, init=False)     # why it stopped before the end
     noticed: float = field(default=math.nan, init=False)
@@ -110,6 +113,10 @@ class Run:
 
     def _attempt(self) -> None:
         """Assemble, train, finish; or wait, as a spare. Collective over the world."""
+        if not self.prepared:
+            self.prepare(self.world)
+            self.prepared = True
+            p2p.barrier(self.world.comm)    # if one who is left never got here, nobody has gone on from here
         config, crew = self._muster()
         if crew is not None:
             self.program = assemble.program(config, crew, self.asked, self.past)
@@ -152,7 +159,9 @@ class Run:
         self.greet(self.world)
         say(f"{counted(old.size - self.world.size, 'rank')} of {old.size} died. "
             f"{counted(self.world.size, 'rank')} left.")
-        rescue(self.program, self.world, self.config)
+        self.prepared = all(self.world.comm.allgather(self.prepared))
+        if self.prepared:
+            rescue(self.program, self.world, self.config)
         saver = self.program and self.program.saver
         self.past = Past(self.noticed, saver.about["arithmetic"] if isinstance(saver, Saver) else {})
         self.program = None

@@ -24,13 +24,17 @@ def find(config: Config, comm: Any) -> Reader | None:
     Raises:
         UserError: There is none at the path given, or all there are is damaged.
     """
-    directory = Path(config.run.dir) / CHECKPOINTS
     if config.run.resume == "never":
-        on_root(comm, lambda: _put_aside(directory))
         return None
     if config.run.resume == "auto":
-        return newest(directory, comm)
+        return newest(Path(config.run.dir) / CHECKPOINTS, comm)
     return open_run(config.run.resume, comm)
+
+
+def make_way(config: Config, comm: Any) -> None:
+    """With `run.resume never` put the checkpoints of an earlier run aside. Collective over `comm`."""
+    if config.run.resume == "never":
+        on_root(comm, lambda: _put_aside(Path(config.run.dir) / CHECKPOINTS))
 
 
 def again(config: Config, comm: Any) -> Reader | None:

@@ -32,17 +32,23 @@ def main(argv: Sequence[str] | None = None) -> None:
           ExitStack() as stack):
         from mpilm import recovery
 
-        directory = RunDirectory(config.run.dir, stack)
-        directory.lock(world)
-        config.data.path = config.data.path or built_in(world)
-        recovery.Run(config, world, asked, directory.greet, summarize).run()
+        directory = RunDirectory(config, stack)
+        recovery.Run(config, world, asked, directory.prepare, directory.greet, summarize).run()
 
 
 class RunDirectory:
     """Where the run writes; rank 0 keeps other programs out of it until `stack` is unwound."""
 
-    def __init__(self, path: str, stack: ExitStack) -> None:
-        self.path, self.stack, self.locked = path, stack, False
+    def __init__(self, config: Config, stack: ExitStack) -> None:
+        self.config, self.path, self.stack, self.locked = config, config.run.dir, stack, False
+
+    def prepare(self, world: World) -> None:
+        """Have the lock, something to train on, and no checkpoints where none are wanted. Collective over the world."""
+        from mpilm import resume
+
+        self.lock(world)
+        self.config.data.path = self.config.data.path or built_in(world)
+        resume.make_way(self.config, world.comm)
 
     def lock(self, world: World) -> None:
         """Rank 0 holds the lock. Collective over the world."""

@@ -21,6 +21,8 @@ SHARDED = {"sync.kind": "sharded", "sync.level": 2}
 
 # name: ranks, who dies where (rank:module:function:call), options. Mostly one after the other, in one job.
 MOMENTS = {
+    "before there is anything, then before there is a model": (
+        3, "0:mpilm.resume:make_way:1,1:mpilm.assemble:build:1", {"run.resume": "never"}),
     "computing, then rank 0": (
         3, "1:mpilm.parallel.pipeline:Pipeline.run:3,0:mpilm.parallel.pipeline:Pipeline.run:9", {}),
     "in a sum, then half through an update": (
