@@ -8,24 +8,25 @@
 So every value is rounded twice, once by its rank and once, as a sum, by the owner of its segment; nothing is rounded
 while it travels, whatever the number of ranks. Both residuals are fed back, so what one step loses the next ones send
 (as in 1-bit Adam's compressed allreduce, arXiv 2102.02888, which has no order of its own). A rank sends
-2 (size - 1) / size of the encoded buffer. The owner too uses what it decodes, so all ranks end with the same bits.
+2 (size - 1) / size of the encoded buffer, or less (`_parcels.py`). The owner too uses what it decodes, so all ranks end
+with the same bits.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpilm.comm import order, p2p
+from mpilm.comm import order
+from mpilm.sync.compress._parcels import Parcel, Quicker, swap
 
 if TYPE_CHECKING:
     from mpilm.sync.compress._base import Codec
-
-TAG = 201
-LARGEST = 1 << 28   # bytes of a message
 
 
 class Exchange:
@@ -33,10 +34,12 @@ class Exchange:
 
     Args:
         comm: Used by nobody else while a sum is under way. Every method is collective over it.
+        small: Whether codes travel in zstd; None: where that is quicker.
     """
 
-    def __init__(self, codec: Codec, comm: MPI.Comm, count: int) -> None:
+    def __init__(self, codec: Codec, comm: MPI.Comm, count: int, *, small: bool | None = None) -> None:
         self.codec, self.comm = codec, comm
+        self.small, self.quicker, self.last = small, Quicker(), (False, math.inf)
         self.cut = order.segments(count, comm.size)
         self.mine = self.cut[comm.rank]
         self.steps = order.tree(comm.size)
@@ -46,40 +49,32 @@ class Exchange:
         self._in = [self._room(self.mine) for _ in self.cut]
         self._parts = [torch.empty_like(self.lost_in_sum) for _ in self.cut]
 
-    def _room(self, piece: slice) -> np.ndarray:
-        return np.empty(self.codec.size(piece.stop - piece.start), np.uint8)
+    def _room(self, piece: slice) -> Parcel:
+        return Parcel(self.codec.size(piece.stop - piece.start))
 
     def reduce(self, buffer: np.ndarray) -> None:
         """Replace `buffer` by the sum over all ranks, as far as the code can tell it; the same bits on every rank."""
-        values = torch.from_numpy(buffer)
-        for piece, data in zip(self.cut, self._out, strict=True):
-            self.codec.squeeze(values[piece], self.lost[piece], data)
-        self._swap(self._out, self._in)
-        for part, data in zip(self._parts, self._in, strict=True):
-            self.codec.decode(data, part)
+        started, small = time.perf_counter(), self.quicker.next() if self.small is None else self.small
+        self._reduce(torch.from_numpy(buffer), small=small)
+        self.last = small, time.perf_counter() - started
+
+    def _reduce(self, values: torch.Tensor, *, small: bool) -> None:
+        for piece, parcel in zip(self.cut, self._out, strict=True):
+            self.codec.squeeze(values[piece], self.lost[piece], parcel.data)
+            parcel.seconds[0] = self.last[1]
+        swap(self.comm, self._out, self._in, small=small)
+        self.quicker.note(self.last[0], max(float(parcel.seconds[0]) for parcel in self._in))
+        for part, parcel in zip(self._parts, self._in, strict=True):
+            self.codec.decode(parcel.data, part)
         for into, other in self.steps:
             self._parts[into].add_(self._parts[other])
         total = self._out[self.comm.rank]
-        self.codec.squeeze(self._parts[0], self.lost_in_sum, total)
-        self._swap([total] * self.comm.size, self._out)
-        for piece, data in zip(self.cut, self._out, strict=True):
-            self.codec.decode(data, values[piece])
+        self.codec.squeeze(self._parts[0], self.lost_in_sum, total.data)
+        swap(self.comm, [total] * self.comm.size, self._out, small=small)
+        for piece, parcel in zip(self.cut, self._out, strict=True):
+            self.codec.decode(parcel.data, values[piece])
         if not torch.isfinite(values.sum()):
             self._forget()
-
-    def _swap(self, outgoing: list[np.ndarray], incoming: list[np.ndarray]) -> None:
-        """Message number r of `outgoing` goes to rank r, and what it sent to me into `incoming`[r]."""
-        rank, ledger = self.comm.rank, p2p.Ledger()
-        for step in range(1, self.comm.size):
-            other = (rank - step) % self.comm.size
-            for part in _messages(incoming[other]):
-                ledger.receive(self.comm, part, source=other, tag=TAG)
-        for step in range(1, self.comm.size):
-            other = (rank + step) % self.comm.size
-            for part in _messages(outgoing[other]):
-                ledger.send(self.comm, part, dest=other, tag=TAG)
-        incoming[rank][:] = outgoing[rank]
-        ledger.wait()
 
     def _forget(self) -> None:
         """Drop residuals that come from gradients that were not finite, or every step to come would be skipped too.
@@ -87,7 +82,3 @@ class Exchange:
         All ranks see the same sum, so all do it together."""
         self.lost.zero_()
         self.lost_in_sum.zero_()
-
-
-def _messages(data: np.ndarray) -> list[np.ndarray]:
-    return [data[start:start + LARGEST] for start in range(0, data.size, LARGEST)]
