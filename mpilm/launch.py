@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from mpilm import log, placement, startup
+from mpilm import log, placement, starting, startup
 from mpilm.failure import Guard, RankError, agree, on_root
 from mpilm.log import UserError
 
@@ -173,17 +173,20 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
     startup.allow_open_files()
     launcher = placement.launcher(os.environ)
     device = startup.choose_gpu((launcher and launcher.local_rank) or 0) if gpus else "cpu"
-    startup.start_mpi(launcher)
-    from mpi4py import MPI
+    with starting.within(launcher):
+        startup.start_mpi(launcher)
+        from mpi4py import MPI
 
-    from mpilm import ulfm
+        from mpilm import ulfm
 
-    faulthandler.enable()  # a crash in compiled code shows where Python was
-    base = ulfm.Base(MPI.COMM_WORLD.Dup()) if ulfm.active() else None
+        faulthandler.enable()  # a crash in compiled code shows where Python was
+        base = ulfm.Base(MPI.COMM_WORLD.Dup()) if ulfm.active() else None
+        watch = Guard(MPI.COMM_WORLD.Dup())
     try:
-        with Guard(MPI.COMM_WORLD.Dup()) as guard:
-            world = _arrive(device, base, (base.root if base else MPI.COMM_WORLD).Dup(), guard)
-            greet(world, run_dir)
+        with watch as guard:
+            with starting.within(launcher):
+                world = _arrive(device, base, (base.root if base else MPI.COMM_WORLD).Dup(), guard)
+                greet(world, run_dir)
             yield world
     finally:  # whoever gets here leaves together with all other ranks
         if base is None:

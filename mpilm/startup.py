@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from mpilm import starting
 from mpilm.failure import USER_ERROR
 from mpilm.log import UserError
 from mpilm.placement import Launcher
@@ -91,7 +92,7 @@ def start_mpi(launcher: Launcher | None) -> None:
     if launcher and launcher.size > 1:
         if _strangers(launcher, MPI.get_vendor()[0], os.environ):
             _refuse(launcher, "and they cannot talk to each other")
-        MPI.Init_thread(level)
+        starting.init_thread(MPI, level)
         if MPI.COMM_WORLD.size == 1:
             _refuse(launcher, "and each process believes that it is alone")
     else:

@@ -20,7 +20,6 @@ and shrinking happen there, and they always work.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -31,16 +30,12 @@ from typing import Any
 from mpi4py import MPI
 
 from mpilm.log import UserError
+from mpilm.starting import active as active
 
 # Within which the launcher tells of a death that an operation has stumbled over, even on a machine with much to do: of
 # an error of MPI's, which hardly has another cause, and of any other.
 SURE_S, UNSURE_S = 30.0, 3.0
 WATCH_S = 0.05
-
-
-def active() -> bool:
-    """Whether ranks outlive each other in this job."""
-    return os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - Open MPI's name
 
 
 class Revocable(MPI.Intracomm):
