@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from mpilm.log import say
-from mpilm.progress import on_terminal
+from mpilm.progress import Work, on_terminal
 
 LINE_EVERY_S = 10.0
 
@@ -32,6 +32,7 @@ class Progress:
 
     def advance(self, done: int) -> None:
         """So many bytes more are done."""
+        Work.done += done
         self._done = min(self._total, self._done + done)  # what is written may be more than what was expected
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)

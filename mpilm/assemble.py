@@ -23,7 +23,7 @@ from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
 from mpilm.data.shards import Dataset
-from mpilm.heartbeat import Where, beating
+from mpilm.heartbeat import Pulse
 from mpilm.launch import World, on_root
 from mpilm.log import UserError
 from mpilm.metrics import Metrics
@@ -69,11 +69,13 @@ class Core:
         return Slices(shape, self.mesh.tp.rank, self.mesh.tp.size)
 
 
-def program(config: Config, world: World, asked: Asked | None = None, past: Past | None = None) -> Trainer | Serving:
+def program(config: Config, world: World, asked: Asked | None = None, past: Past | None = None,
+            pulse: Pulse | None = None) -> Trainer | Serving:
     """The whole program, at the step where it goes on: a trainer, or what a server does. Collective over `world.comm`.
 
     Args:
         asked: Why it may have to end before its end.
+        pulse: Of all ranks, those that do not train too.
         past: Of the same job, before ranks died: the run goes on from its newest checkpoint whatever `run.resume` says.
 
     Raises:
@@ -95,13 +97,14 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
              "layout": layout.describe(config, world.size)}
     roles = assign(config, world)
     stop = Stop(world.dup("stop"), asked or Asked(config.run))
-    where = Where()
-    alive = partial(beating, world, config.run, where, scribe=roles.rank(0))
+    pulse = pulse or Pulse(config.run)
+    where = pulse.where
+    where.scribe = roles.rank(0)
     if roles.serving:
         state = start(reader)
         server, update = serve(config, shape, decision, roles, state, values(Slices(shape), config.run.seed, reader))
         saver = _saver(config, world, roles.side, server, roles.side, Slices(shape), about, reader=reader)
-        return Serving(config, state, server, update, saver, stop, where, alive)
+        return Serving(config, state, server, update, saver, stop, where)
     core = build(config, world, shape, decision, roles)
     where.part, where.passes = core.mesh.parts.rank, lambda: core.pipeline.played
     state, due = restore(core, shape, config, reader), owed(reader)
@@ -112,7 +115,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
         validation=_validation(config, core),
         metrics=_metrics(config, core.mesh.comm, step=state.step - (due is not None)), past=past, owed=due,
         mesh=core.mesh, commit=_commit(world, core.mesh, roles), stop=stop, meets=partial(meets, config),
-        where=where, beating=alive,
+        where=where, heart=pulse.heart,
         saver=Elsewhere() if roles.servers else _saver(
             config, world, roles.side, core.sync, core.mesh.replicas, core.slices(shape), about, reader=reader),
         flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)

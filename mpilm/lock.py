@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mpilm.log import UserError
 from mpilm.named import named
+from mpilm.progress import Work
 
 
 @contextmanager
@@ -41,6 +42,7 @@ def locked(path: Path, *, wait_s: float, otherwise: str) -> Iterator[None]:
             if time.monotonic() > deadline:
                 place, who = (path, "") if folder else (path.parent, _holder(descriptor))
                 raise UserError(f"{place}: another process is writing there{who}. Wait for it, or {otherwise}.")
+            Work.done += 1  # this wait has an end of its own: it is no hang
             time.sleep(0.1)
         if not folder:
             with named(path):

@@ -7,6 +7,16 @@ import sys
 from typing import Any
 
 
+class Work:
+    """What this process has got done so far besides training, whichever thread did it: a sign of life (heartbeat.py).
+
+    Attributes:
+        done: Bytes of files, mostly. Only that it grows means something.
+    """
+
+    done = 0
+
+
 class Progress:
     """Progress of `total` steps.
 

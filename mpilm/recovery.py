@@ -19,6 +19,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from mpilm.checkpoint import Writer
 from mpilm.comm import p2p
 from mpilm.config import Config
 from mpilm.failure import EndError
+from mpilm.heartbeat import PATIENT, Pulse
 from mpilm.launch import World
 from mpilm.log import UserError, counted, say, warn
 from mpilm.parallel import layout
@@ -75,6 +77,10 @@ class Run:
     done: bool = field(default=False, init=False)
     reason: str | None = field(default=None, init=False)     # why it stopped before the end
     noticed: float = field(default=math.nan, init=False)
+    pulse: Pulse = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pulse = Pulse(self.config.run)
 
     def run(self) -> None:
         """Train to the end. Collective over the world.
@@ -83,7 +89,8 @@ class Run:
             EndError: So many have died that no layout is left; or it stopped before the end (stop.py).
         """
         say(promise(self.world, self.config))
-        self._until_done()
+        with closing(self.pulse):
+            self._until_done()
         if self.reason is not None:
             raise EndError(AGAIN, f"stopped because {self.reason}; saved, and the same command goes on")
 
@@ -113,17 +120,22 @@ class Run:
 
     def _attempt(self) -> None:
         """Assemble, train, finish; or wait, as a spare. Collective over the world."""
+        where = self.pulse.over(self.world)
         if not self.prepared:
+            where.enter("preparing", PATIENT)
             self.prepare(self.world)
             self.prepared = True
             p2p.barrier(self.world.comm)    # if one who is left never got here, nobody has gone on from here
         config, crew = self._muster()
         if crew is not None:
-            self.program = assemble.program(config, crew, self.asked, self.past)
+            where.enter("assembling", PATIENT)
+            self.program = assemble.program(config, crew, self.asked, self.past, self.pulse)
             self.reason = self.program.run()
             if self.reason is None:
+                where.enter("telling how it ended", PATIENT)
                 self.finish(self.program, config, crew)
         self.done = crew is not None
+        where.enter("waiting, as a spare" if crew is None else "waiting for the others to end")
         # Spares wait here for all of the run, and if it fails they can't tell whether the others had finished.
         p2p.barrier(self.world.comm, longest_s=SPARE_NAP_S)
         self.done = True
@@ -156,6 +168,7 @@ class Run:
         """Arrange the living as a new world, and put away the program of the old one."""
         old = self.world
         self.world = old.survivors()
+        self.pulse.over(self.world).enter("saving what is left", PATIENT)
         self.greet(self.world)
         say(f"{counted(old.size - self.world.size, 'rank')} of {old.size} died. "
             f"{counted(self.world.size, 'rank')} left.")

@@ -9,8 +9,6 @@ set of parameters then, whatever the staleness.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from mpilm.config import Config
@@ -47,18 +45,16 @@ class Serving:
     saver: Saver
     stop: Stop
     where: Where
-    beating: Callable[[], AbstractContextManager[object]]
     validation: None = None
     speeds: list[float] = field(default_factory=list)
     reason: str | None = None
 
     def run(self) -> str | None:
         """Serve until all workers have done `run.steps` steps, or something asks for a stop: returns what."""
-        with self.beating():
-            while not self.server.clocks.over and self.reason is None:
-                self.step()
-            self.server.finish()
-            self.saver.wait()
+        while not self.server.clocks.over and self.reason is None:
+            self.step()
+        self.server.finish()
+        self.saver.wait()
         self._tell()
         return self.reason
 
@@ -72,6 +68,8 @@ class Serving:
         self.state.applied, self.state.skipped = self.update.applied, self.update.skipped
         heed_skips(self.config, max(clocks.done), self.update, self.server.grad_norm)
         if clocks.met:
+            self.where.step = self.state.step
+            self.where.enter("saving")
             self.stop.save_s = self.saver.save_s
             self.reason = self.stop.after_step(last=clocks.over)
             self.saver.after_step(self.state, last=clocks.over or self.reason is not None)

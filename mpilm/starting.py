@@ -74,6 +74,8 @@ def within(launcher: Launcher | None) -> Iterator[None]:
 
         if not isinstance(error, MPI.Exception):
             raise
+        clock.cancel()
+        clock.join()    # if the time is up at this moment, the thread tells
         _end(launcher, str(error))
     finally:
         clock.cancel()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ class Trainer:
     Attributes:
         meets: Whether all ranks are at one step after so many.
         where: What this rank is doing, for its heartbeat.
-        beating: Starts that, for the time of a block.
+        heart: Who knows of stragglers.
     """
 
     config: Config
@@ -58,7 +58,6 @@ class Trainer:
     stop: Stop
     meets: Callable[[int], bool]
     where: Where
-    beating: Callable[[], AbstractContextManager[Heart | None]]
     flops_per_token: int
     peak_flops: float
     past: Past = field(default_factory=Past)
@@ -76,7 +75,7 @@ class Trainer:
 
     def run(self) -> str | None:
         """Train until `run.steps` steps are done, or until something asks for a stop: returns what."""
-        with closing(self.metrics), closing(self.loader), self.beating() as self.heart:
+        with closing(self.metrics), closing(self.loader):
             window = Window(self.sync.done(self.state.step))
             if self.owed is not None:
                 self._tell(window)
@@ -122,6 +121,7 @@ class Trainer:
         self.sync.step(self.update, partial(self._commit, mine))
         self.seconds.update(self.sync.seconds)
         self.state = self.settled()
+        self.where.step = self.state.step   # what comes between steps belongs to the one that is done
         heed_skips(self.config, self.state.step, self.update, self.sync.grad_norm)
         return self.loss
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median_low
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ SURE = 3        # beats in a row in which a rank must be slow, each of another s
 
 
 class Beat(NamedTuple):
-    """Where a rank is: its step, passes so far, what it is doing and for how long, its part of the model, and what its
-    own work of a step takes."""
+    """Where a rank is: its step, passes and bytes of files so far, what it is doing and for how long, its part of the
+    model, what its own work of a step takes, and how many times the usual time it may take for what it is doing."""
 
     step: int
     passes: int
@@ -25,6 +25,7 @@ class Beat(NamedTuple):
     for_s: float
     part: int
     compute_s: float
+    patience: int = 1
 
     def to_text(self) -> str:
         """For a message."""
@@ -42,15 +43,17 @@ class Vigil:
     Args:
         timeout_s: Without progress of anybody, or without a beat of one of them.
         slow: A rank is a straggler when its work takes so many times the median of those with the same work.
+        watched: Those whose silence counts; None: all of them.
         clock: Seconds.
 
     Attributes:
         lagging: Straggler -> how many times the median.
     """
 
-    def __init__(self, size: int, *, timeout_s: float, slow: float,
+    def __init__(self, size: int, *, timeout_s: float, slow: float, watched: Iterable[int] | None = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.size, self.timeout_s, self.slow, self.clock = size, timeout_s, slow, clock
+        self.watched = range(size) if watched is None else sorted(watched)
         self.beats: list[Beat | None] = [None] * size
         self.restart()
         self.counts = [0] * size    # of beats in a row in which it was slow
@@ -93,16 +96,20 @@ class Vigil:
 
     def missing(self) -> list[int]:
         """Ranks that do not beat. A beat may be on its way, so a little before the time."""
-        now = self.clock()
-        return [rank for rank, heard in enumerate(self.heard) if now - heard > 0.8 * self.timeout_s]
+        return [rank for rank in self.watched if self.silence(rank) > 0.8 * self.timeout_s]
+
+    def silence(self, rank: int) -> float:
+        """Seconds since it was last heard of."""
+        return self.clock() - self.heard[rank]
 
     def hangs(self) -> bool:
         """Whether the job has to be ended."""
-        return bool(self.missing()) or self.clock() - self.moved > self.timeout_s
+        patience = max((beat.patience for beat in self.beats if beat), default=1)
+        return bool(self.missing()) or self.clock() - self.moved > patience * self.timeout_s
 
-    def report(self, stacks: Mapping[int, str]) -> str:
-        """Who is missing, where everyone is, and their stacks."""
-        missing, waited = self.missing(), self.clock() - self.moved
+    def report(self, stacks: Mapping[int, str], missing: Sequence[int] | None = None) -> str:
+        """Who is missing, by what is known here or as given; where everyone is, and their stacks."""
+        missing, waited = self.missing() if missing is None else missing, self.clock() - self.moved
         who = (f"rank {', '.join(map(str, missing))} does not answer (stopped, or its node is gone)" if missing
                else "every rank answers")
         lines = [f"error: the job hangs: no progress for {waited:.1f} s; {who}."]

@@ -23,26 +23,48 @@ def data(tmp_path_factory):
     return datasets.small(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize(("victim", "options"), [(0, {}), (1, {"sync.kind": "parameter_server"})],
-                         ids=["rank 0", "a worker"])
-def test_a_rank_that_stopped_is_named(data, tmp_path, victim, options):
+@pytest.mark.parametrize(("victims", "options"), [
+    ([0], {}), ([1], {"sync.kind": "parameter_server"}), ([0, 1], {}), ([2], {"run.spares": 1})],
+    ids=["rank 0", "a worker", "all but the last", "a spare"])
+def test_a_rank_that_stopped_is_named(data, tmp_path, victims, options):
     options |= {"run.steps": 100000, "run.hang_timeout_s": TIMEOUT_S, "log.validate_every": 0}
     with Job(3, data, tmp_path / "run", **options) as job:
         assert job.until_step(5), job.words.read_text()
-        assert job.signal(victim, signal.SIGSTOP)
+        assert all(job.signal(victim, signal.SIGSTOP) for victim in victims)
         begun = time.monotonic()
         code = job.wait()
         took = time.monotonic() - begun
     said, left = job.words.read_text(), (tmp_path / "run" / heartbeat.FILE).read_text()
     assert code == heartbeat.HUNG, said
-    assert f"rank {victim} does not answer" in said
+    assert f"rank {', '.join(map(str, victims))} does not answer" in said
     assert left.strip() in said
-    for other in {0, 1, 2} - {victim}:
+    for other in {0, 1, 2} - set(victims):
         assert f"rank {other}: step " in left
         assert f"rank {other} on " in left
     assert "thread MainThread" in left
-    assert "p2p.py" in left, "nobody waits for the one that stopped"
+    assert "p2p.py" in left or "run.spares" in options, "nobody waits for the one that stopped"
     assert took < TIMEOUT_S + heartbeat.ANSWER_S + 10, "it took long, even for a busy machine"
+
+
+@pytest.mark.parametrize(("place", "doing"), [("assemble:build", "assembling"),
+                                              ("train:summarize", "telling how it ended")])
+def test_before_and_after_training_it_hangs_as_well(data, tmp_path, place, doing):
+    options = {"run.steps": 2, "run.hang_timeout_s": 1.5, "log.validate_every": 0}
+    with Job(2, data, tmp_path / "run", program=["tests.hurt_job", f"1:mpilm.{place}:+60"], **options) as job:
+        code = job.wait()
+    said = job.words.read_text()
+    assert code == heartbeat.HUNG, said
+    assert "every rank answers" in said
+    assert f", {doing}, for " in said
+
+
+def test_a_last_save_that_takes_long_is_no_hang(data, tmp_path):
+    slowed = ",".join(f"{rank}:mpilm.checkpoint.tensorfile:os.write:+0.5" for rank in (0, 1))
+    options = {"run.steps": 3, "run.hang_timeout_s": 2, "log.validate_every": 0, "model.width": 256}
+    with Job(2, data, tmp_path / "run", program=["tests.hurt_job", slowed], **options) as job:
+        code = job.wait()
+    assert code == 0, job.words.read_text()
+    assert "finished at step 3" in job.words.read_text()
 
 
 @pytest.mark.parametrize("options", [{}, {"sync.kind": "parameter_server", "sync.servers": 2}],
@@ -50,7 +72,7 @@ def test_a_rank_that_stopped_is_named(data, tmp_path, victim, options):
 def test_a_rank_that_lags_is_named_in_log_and_metrics(data, tmp_path, options):
     slow = 3
     slowed = f"{slow}:mpilm.parallel.pipeline:Pipeline.run:+0.1"
-    options |= {"run.steps": 30, "run.hang_timeout_s": 1, "log.validate_every": 0}
+    options |= {"run.steps": 30, "run.hang_timeout_s": 2, "log.validate_every": 0}
     with Job(4, data, tmp_path / "run", program=["tests.hurt_job", slowed], **options) as job:
         assert job.wait() == 0, job.words.read_text()
     assert f"rank {slow} is a straggler" in (tmp_path / "run" / "log.txt").read_text()
@@ -126,6 +148,26 @@ def test_silence(vigil):
     assert "rank 2 does not answer" in watch.report({0: "stack"})
 
 
+def test_only_the_silence_of_those_it_watches_counts():
+    clock = Clock()
+    watch = Vigil(4, timeout_s=10, slow=1.5, watched=[1], clock=clock)
+    clock.now = 9
+    watch.hear(1, beat(1))
+    assert watch.missing() == []
+    clock.now = 18
+    assert watch.silence(1) == 9
+    assert watch.missing() == [1]
+    assert "rank 0, 1 does not answer" in watch.report({}, [0, 1])
+
+
+def test_a_spare_that_waits_is_neither_progress_nor_a_lack_of_it(vigil):
+    watch, clock = vigil
+    for clock.now in range(30):
+        for rank in range(4):
+            watch.hear(rank, beat(0, doing="waiting") if rank == 3 else beat(int(min(clock.now, 15))))
+        assert watch.hangs() == (clock.now > 25)
+
+
 def test_all_beat_and_nobody_gets_further(vigil):
     watch, clock = vigil
     for clock.now in range(12):
@@ -135,6 +177,14 @@ def test_all_beat_and_nobody_gets_further(vigil):
     assert watch.hangs()
     assert "every rank answers" in watch.report({})
     assert "rank 3: step 3, summing" in watch.report({})
+
+
+def test_what_happens_once_may_take_longer(vigil):
+    watch, clock = vigil
+    for clock.now in range(60):
+        for rank in range(4):
+            watch.hear(rank, beat(0, doing="assembling")._replace(patience=5 if rank == 1 else 1))
+        assert watch.hangs() == (clock.now > 50)
 
 
 def test_what_a_long_step_is_doing_is_progress(vigil):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.checkpoint.pieces import CODES, DTYPES, MAX_DIMENSIONS, Piece
+from mpilm.progress import Work
 
 HEADER_BYTES = 100_000_000      # the limit of the safetensors library
 CHUNK = 1 << 20                 # stays in the cache between the checksum and the write
@@ -61,7 +62,9 @@ def write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
         for chunk in _chunks(parts):
             digest.update(chunk)
             while chunk:
-                chunk = chunk[os.write(file, chunk):]
+                written = os.write(file, chunk)
+                Work.done += written
+                chunk = chunk[written:]
         os.fsync(file)
     except OSError as error:
         error.filename = str(path)
@@ -105,6 +108,7 @@ def sha256(path: Path, size: int) -> str:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
         while count := os.readv(file, [buffer]):
             digest.update(buffer[:count])
+            Work.done += count
         return digest.hexdigest()
     finally:
         os.close(file)
@@ -129,6 +133,7 @@ def read_into(file: int, target: np.ndarray, offset: int) -> None:
         if count == 0:
             raise ValueError(f"ends at byte {offset}")
         view, offset = view[count:], offset + count
+        Work.done += count
 
 
 def contents(file: int, size: int) -> dict[str, Stored]:
