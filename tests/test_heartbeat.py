@@ -15,6 +15,7 @@ from tests.chaos.jobs import Job
 
 pytestmark = pytest.mark.serial
 TIMEOUT_S = 3
+QUICK = {"run.precision": "fp32"}   # a busy machine may take longer to find out which is faster than these runs wait
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def data(tmp_path_factory):
     ([0], {}), ([1], {"sync.kind": "parameter_server"}), ([0, 1], {}), ([2], {"run.spares": 1})],
     ids=["rank 0", "a worker", "all but the last", "a spare"])
 def test_a_rank_that_stopped_is_named(data, tmp_path, victims, options):
-    options |= {"run.steps": 100000, "run.hang_timeout_s": TIMEOUT_S, "log.validate_every": 0}
+    options |= {"run.steps": 100000, "run.hang_timeout_s": TIMEOUT_S, "log.validate_every": 0, **QUICK}
     with Job(3, data, tmp_path / "run", **options) as job:
         assert job.until_step(5), job.words.read_text()
         assert all(job.signal(victim, signal.SIGSTOP) for victim in victims)
@@ -49,7 +50,7 @@ def test_a_rank_that_stopped_is_named(data, tmp_path, victims, options):
 @pytest.mark.parametrize(("place", "doing"), [("assemble:build", "assembling"),
                                               ("train:summarize", "telling how it ended")])
 def test_before_and_after_training_it_hangs_as_well(data, tmp_path, place, doing):
-    options = {"run.steps": 2, "run.hang_timeout_s": 1.5, "log.validate_every": 0}
+    options = {"run.steps": 2, "run.hang_timeout_s": 1.5, "log.validate_every": 0, **QUICK}
     with Job(2, data, tmp_path / "run", program=["tests.hurt_job", f"1:mpilm.{place}:+60"], **options) as job:
         code = job.wait()
     said = job.words.read_text()
@@ -60,7 +61,7 @@ def test_before_and_after_training_it_hangs_as_well(data, tmp_path, place, doing
 
 def test_a_last_save_that_takes_long_is_no_hang(data, tmp_path):
     slowed = ",".join(f"{rank}:mpilm.checkpoint.tensorfile:os.write:+0.5" for rank in (0, 1))
-    options = {"run.steps": 3, "run.hang_timeout_s": 2, "log.validate_every": 0, "model.width": 256}
+    options = {"run.steps": 3, "run.hang_timeout_s": 2, "log.validate_every": 0, **QUICK, "model.width": 256}
     with Job(2, data, tmp_path / "run", program=["tests.hurt_job", slowed], **options) as job:
         code = job.wait()
     assert code == 0, job.words.read_text()
@@ -72,7 +73,7 @@ def test_a_last_save_that_takes_long_is_no_hang(data, tmp_path):
 def test_a_rank_that_lags_is_named_in_log_and_metrics(data, tmp_path, options):
     slow = 3
     slowed = f"{slow}:mpilm.parallel.pipeline:Pipeline.run:+0.1"
-    options |= {"run.steps": 30, "run.hang_timeout_s": 2, "log.validate_every": 0}
+    options |= {"run.steps": 30, "run.hang_timeout_s": 2, "log.validate_every": 0, **QUICK}
     with Job(4, data, tmp_path / "run", program=["tests.hurt_job", slowed], **options) as job:
         assert job.wait() == 0, job.words.read_text()
     assert f"rank {slow} is a straggler" in (tmp_path / "run" / "log.txt").read_text()
