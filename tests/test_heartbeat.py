@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from mpi4py import MPI
 
 from mpilm import heartbeat
 from mpilm.vigil import Beat, Vigil
@@ -57,6 +58,25 @@ def test_before_and_after_training_it_hangs_as_well(data, tmp_path, place, doing
     assert code == heartbeat.HUNG, said
     assert "every rank answers" in said
     assert f", {doing}, for " in said
+
+
+@pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="needs ULFM: Open MPI")
+@pytest.mark.parametrize("after", [False, True], ids=["while the others meet", "when they have gone on"])
+def test_a_rank_that_stopped_after_a_death_is_noticed(data, tmp_path, after):
+    options = {"run.steps": 100000, "run.hang_timeout_s": TIMEOUT_S, "log.validate_every": 0, **QUICK}
+    with Job(3, data, tmp_path / "run", ulfm=True, **options) as job:
+        assert job.until_step(5), job.words.read_text()
+        if after:
+            assert job.kill(2)
+            assert job.until(lambda: "went on after" in job.words.read_text())
+            assert job.signal(1, signal.SIGSTOP)
+        else:
+            assert job.signal(1, signal.SIGSTOP)
+            assert job.kill(2)
+        code = job.wait()
+    said = job.words.read_text()
+    assert code == heartbeat.HUNG, said
+    assert ("rank 1 does not answer" if after else "those who are left have not met") in said
 
 
 def test_a_last_save_that_takes_long_is_no_hang(data, tmp_path):
