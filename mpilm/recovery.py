@@ -160,7 +160,7 @@ class Run:
 
     def _assemble(self) -> None:
         """The crew and its program; spares have none. Collective over the world."""
-        self.prepared, self.training, self.done, self.reason = True, False, False, None
+        self.prepared, self.training, self.done, self.reason, self.noticed = True, False, False, None, math.nan
         config, self.crew = self._muster()
         if self.crew is not None:
             self.program = assemble.program(config, self.crew, self.asked, self.past)
@@ -202,6 +202,8 @@ class Run:
         """Arrange the living as a new world, save what they hold, and put away the program of the old one. Collective
         over those who are alive."""
         old, program = self.world, self.program
+        if math.isnan(self.noticed):    # others have, and said so
+            self.noticed = time.perf_counter()
         self.world = old.survivors()
         self.greet(self.world)
         say(f"{counted(old.size - self.world.size, 'rank')} of {old.size} died. "
