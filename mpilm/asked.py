@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -30,12 +31,16 @@ class Asked:
         for_good: After the context the process has nothing left to do but end, and signals are ignored. Otherwise
             they do again what they did before.
 
+    Attributes:
+        elsewhere: What ranks that have no vote of their own were asked; NOTHING, or a signal.
+
     Raises:
         UserError: `run.stop_signals` names what is no signal.
     """
 
     def __init__(self, config: Run, *, for_good: bool = False) -> None:
         self.config, self.signal, self.started, self.for_good = config, NOTHING, time.time(), for_good
+        self.elsewhere: Callable[[], int] = lambda: NOTHING
         self.numbers, self.handlers = numbers(config.stop_signals), dict[int, Any]()
 
     def __enter__(self) -> Asked:

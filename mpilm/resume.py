@@ -49,6 +49,14 @@ def again(config: Config, comm: Any) -> Reader | None:
     return open_run(config.run.resume, comm) if found is None and given else found
 
 
+def where(config: Config, comm: Any) -> str:
+    """From where the same command goes on, in words. Collective over `comm`."""
+    found = again(config, comm)
+    if found is None:
+        return "Nothing was saved: the same command begins anew, with more ranks."
+    return f"Step {found.step} is saved; the same command goes on from there, with more ranks."
+
+
 def _put_aside(directory: Path) -> None:
     """A new run in an old directory must not find the old run's checkpoints newer than its own."""
     if not directory.is_dir() or not any(directory.iterdir()):

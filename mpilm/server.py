@@ -58,6 +58,10 @@ class Serving:
         self._tell()
         return self.reason
 
+    def abandon(self) -> None:
+        """End its threads, without asking other ranks: they may be gone. Local."""
+        self.saver.abandon()
+
     def step(self) -> None:
         """One update, of the gradients of one worker or of all."""
         self.where.step = self.state.step

@@ -45,6 +45,8 @@ class Past:
     """What a program takes over from one whose ranks have died, besides what is in its checkpoints."""
 
     since: float = math.nan     # when the death was noticed, by time.perf_counter
+    ranks: int = 0              # that trained before anyone died
+    speeds: list[float] = field(default_factory=list)   # tokens/s so far
     arithmetic: dict[str, Any] = field(default_factory=dict)
 
 

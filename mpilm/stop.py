@@ -13,10 +13,14 @@ import signal
 import time
 from typing import Any
 
+import numpy as np
+from mpi4py import MPI
+
 from mpilm.asked import NOTHING, Asked
 from mpilm.checkpoint.agreement import Rounds
 
 AGAIN = 75      # EX_TEMPFAIL of sysexits.h
+TAG = 1
 TIME = 1 << 20  # a vote, besides numbers of signals and NOTHING; the smallest counts
 
 
@@ -44,4 +48,30 @@ class Stop:
     def _vote(self) -> int:
         margin = self.asked.config.stop_before_s + 2 * self.save_s
         late = self.end is not None and time.time() + margin > self.end
-        return min(self.asked.signal, TIME if late else NOTHING)
+        return min(self.asked.signal, self.asked.elsewhere(), TIME if late else NOTHING)
+
+
+class Relay:
+    """What ranks that wait, and so have no vote, were asked: they tell rank 0.
+
+    Args:
+        comm: All ranks, those who wait and those who vote; nobody else sends on it.
+    """
+
+    def __init__(self, comm: Any, asked: Asked) -> None:
+        self.comm, self.asked, self.heard = comm, asked, np.array([NOTHING])
+        self.told: MPI.Request | None = None
+        asked.elsewhere = self.hear if comm.rank == 0 else lambda: NOTHING
+
+    def tell(self) -> None:
+        """Pass on what this rank was asked, once; of one that waits."""
+        if self.told is None and self.asked.signal != NOTHING and self.comm.rank:
+            self.told = self.comm.Isend(np.array([self.asked.signal]), dest=0, tag=TAG)
+
+    def hear(self) -> int:
+        """The first signal of a rank that waits; of rank 0."""
+        while self.comm.Iprobe(tag=TAG):
+            told = np.empty_like(self.heard)
+            self.comm.Recv(told, tag=TAG)
+            np.minimum(self.heard, told, out=self.heard)
+        return int(self.heard[0])

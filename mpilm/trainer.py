@@ -70,6 +70,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.first = self.state.step
+        self.speeds = [*self.past.speeds]
+        self.taken = self.owed
         if self.owed is not None:
             self.loss, self.sync.grad_norm, self.update.lr = self.owed
 
@@ -130,6 +132,7 @@ class Trainer:
         loss = self.losses.mean(mine)
         self.commit.take()
         self.loss = loss
+        self.taken = Owed(loss, self.sync.grad_norm, self.update.lr)    # what the next step begins does not change it
 
     def settled(self) -> TrainState:
         """Where the run stands; a step that was cut short counts if all had agreed to take it."""

@@ -29,6 +29,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from mpilm.failure import EndError
 from mpilm.log import UserError
 from mpilm.starting import active as active
 
@@ -126,12 +127,13 @@ class Base:
 
         An operation that notices it first may just fail with MPI_ERR_OTHER, or a collective of Open MPI's succeed with
         garbage that nobody can read; then the launcher's word counts. A mistake of our own will show again, and one of
-        the user's is known to all ranks without waiting.
+        the user's, or the end, is known to all ranks without waiting.
         """
         certain = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
         if isinstance(error, MPI.Exception) and error.Get_error_class() in certain:
             return True
-        patience = 0 if isinstance(error, UserError) else SURE_S if isinstance(error, MPI.Exception) else UNSURE_S
+        known = isinstance(error, UserError | EndError)
+        patience = 0 if known else SURE_S if isinstance(error, MPI.Exception) else UNSURE_S
         deadline = time.monotonic() + patience
         while not (found := self.root.Is_revoked() or self.root.Get_failed().size > 0) and time.monotonic() < deadline:
             time.sleep(0.01)

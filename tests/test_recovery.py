@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from math import prod
 
 import pytest
 from mpi4py import MPI
@@ -43,7 +45,7 @@ MOMENTS = {
         3, "1:mpilm.parallel.pipeline:Pipeline.run:7,0:mpilm.train:summarize:1", SPARE),
     "before it tells of a step, then all but a spare": (
         3, "0:mpilm.trainer:heed_skips:6,1:mpilm.assemble:program:2", SPARE),
-    "a spare dies": (3, "2:mpilm.recovery:Run._muster:1,0:mpilm.parallel.pipeline:Pipeline.run:7", SPARE),
+    "a spare dies, and another one stays a spare": (4, "2:mpilm.recovery:Run._muster:1", {"run.spares": 2}),
 }
 
 
@@ -70,6 +72,27 @@ def test_a_rank_is_killed(data, undisturbed, tmp_path, moment):
     assert result.rc == 0, result.stdout + result.stderr
     assert result.stdout.count(" died") == len(kills.split(",")), result.stdout
     assert (weights(tmp_path), losses(tmp_path)) == undisturbed
+    manifest = json.loads((tmp_path / f"checkpoints/step-{STEPS:08}/manifest.json").read_text())
+    assert prod(manifest["meta"]["layout"].values()) <= ranks - options.get("run.spares", 0)
+
+
+def test_a_rank_is_killed_when_all_is_done(data, undisturbed, tmp_path):
+    """The others have nothing to go on with, and do not wait for it."""
+    arguments = small_jobs.arguments(data, tmp_path, **SMALL)
+    result = helpers.run_nested(3, ["-m", "tests.hurt_job", "1:mpilm.ulfm:Commit.withdraw:1", *arguments],
+                                launcher=["--with-ft", "ulfm"])
+    assert result.rc == 0, result.stdout + result.stderr
+    assert result.stdout.count("finished at step") == 1, result.stdout
+    assert (weights(tmp_path), losses(tmp_path)) == undisturbed
+
+
+def test_a_mistake_beside_a_spare_is_told_as_any_other(data, tmp_path):
+    """Which only those see who train."""
+    arguments = small_jobs.arguments(data, tmp_path, **SMALL | SPARE | {"parallel.pp": 7})
+    result = helpers.run_nested(2, ["-m", "mpilm.train", *arguments])
+    assert result.rc == 2, result.stderr
+    assert result.stderr.count("--parallel.pp 7") == 1
+    assert "ABORT" not in result.stderr
 
 
 def test_nothing_piles_up_over_many_deaths(data, tmp_path):

@@ -48,8 +48,8 @@ def test_a_signal_to_one_rank_stops_all_and_the_same_command_goes_on(data, tmp_p
 
 
 @pytest.mark.parametrize(("options", "ranks", "rank"), [
-    ({"parallel.pp": 2}, 2, 0), (SERVERS, 3, 0), (UNBOUNDED, 3, 2), ({"run.spares": 1}, 2, 0)],
-    ids=["pipeline", "a server", "a worker with old parameters", "beside a spare"])
+    ({"parallel.pp": 2}, 2, 0), (SERVERS, 3, 0), (UNBOUNDED, 3, 2), ({"run.spares": 1}, 2, 1)],
+    ids=["pipeline", "a server", "a worker with old parameters", "a spare"])
 def test_whoever_gets_it(data, tmp_path, options, ranks, rank):
     assert "got SIGTERM; saved" in stopped(data, tmp_path / "run", signal.SIGTERM, ranks=ranks, rank=rank, **options)
     assert int(weights(tmp_path / "run").split()[0]) >= 8
