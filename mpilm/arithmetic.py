@@ -64,9 +64,10 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
     """
     threads = config.run.threads or (1 if config.run.reproducible else world.threads)
     torch.set_num_threads(threads)
-    speeds = precision.measure()
-    fastest = world.comm.bcast(recorded.get("precision") or precision.best(speeds))
-    chosen = fastest if config.run.precision == "auto" else config.run.precision
+    given = recorded.get("precision") if config.run.precision == "auto" else config.run.precision
+    given = world.comm.bcast(given)
+    speeds = precision.measure([given] if given else precision.DTYPES)
+    chosen = world.comm.bcast(given or precision.best(speeds))
     decision = Arithmetic(chosen, _compiles(config, world, shape, recorded), threads, config.data.micro_batch_size,
                           config.run.reproducible, cpu_model(), torch.__version__)
     _warn_of_changes(decision, recorded)
