@@ -21,7 +21,8 @@ class Run:
         dir: Run directory: configuration, metrics and checkpoints.
         steps: Optimizer updates in all, over every resume.
         seed: Draws the initial weights and the order of the data.
-        resume: `auto` (the newest complete checkpoint of the run directory), `never`, or a checkpoint's path.
+        resume: Where the run begins: `auto` (the newest complete checkpoint of the run directory), `never` (step 0), or
+            a checkpoint's path. The same command again goes on from what the run has saved, with each of them.
         reproducible: The same bits on any number of ranks.
         precision: Arithmetic of the model: `auto` takes bf16 where it is measurably faster.
         compile: torch.compile: `auto` where the run is long enough to pay for it.

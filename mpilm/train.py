@@ -43,12 +43,9 @@ class RunDirectory:
         self.config, self.path, self.stack, self.locked = config, config.run.dir, stack, False
 
     def prepare(self, world: World) -> None:
-        """Have the lock, something to train on, and no checkpoints where none are wanted. Collective over the world."""
-        from mpilm import resume
-
+        """Have the lock and something to train on. Collective over the world."""
         self.lock(world)
         self.config.data.path = self.config.data.path or built_in(world)
-        resume.make_way(self.config, world.comm)
 
     def lock(self, world: World) -> None:
         """Rank 0 holds the lock. Collective over the world."""
