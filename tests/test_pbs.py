@@ -18,7 +18,7 @@ from tests.helpers import REPOSITORY, clean_environment
 from tests.slurm.submitted import settings
 
 pytestmark = [pytest.mark.serial, pytest.mark.slow]
-OUT_OF_TIME = {"run.time_limit_s": 1, "run.stop_before_s": 100}
+OUT_OF_TIME = {"run.time_limit_s": 1, "run.stop_before_s": 0.99}
 MOST_JOBS = 5
 
 
