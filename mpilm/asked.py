@@ -1,6 +1,7 @@
 """Whether this rank has been asked to end: by a signal, or by the time limit. Facts of one rank, no MPI; see stop.py.
 
     with Asked(config.run, for_good=True) as asked, launch.session():
+        left = asked.limit()    # None, or a function: seconds that are left
 
 A signal may come at any moment: while libraries load and ranks find each other, which takes its time on many nodes, or
 when all is saved already and the process is about to end, because the batch system's signal and the program's own look
@@ -39,7 +40,7 @@ class Asked:
     """
 
     def __init__(self, config: Run, *, for_good: bool = False) -> None:
-        self.config, self.signal, self.started, self.for_good = config, NOTHING, time.time(), for_good
+        self.config, self.signal, self.started, self.for_good = config, NOTHING, time.monotonic(), for_good
         self.elsewhere: Callable[[], int] = lambda: NOTHING
         self.numbers, self.handlers = numbers(config.stop_signals), dict[int, Any]()
 
@@ -55,10 +56,16 @@ class Asked:
     def _heed(self, number: int, frame: FrameType | None) -> None:
         self.signal = min(self.signal, number)
 
-    def limit(self) -> float | None:
-        """When this job must have ended, in seconds since 1970; None: never."""
+    def limit(self) -> Callable[[], float] | None:
+        """Tells the seconds until this job must have ended; None: it need not.
+
+        What the user allows is counted by a clock that nobody sets; the end of an allocation is a time of day.
+        """
         given = self.config.time_limit_s
-        return self.started + given if given else ends_at(os.environ)
+        if given:
+            return lambda: self.started + given - time.monotonic()
+        end = ends_at(os.environ)
+        return None if end is None else lambda: end - time.time()
 
 
 def numbers(names: str) -> list[int]:

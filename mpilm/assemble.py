@@ -76,7 +76,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
     Args:
         asked: Why it may have to end before its end.
         pulse: Of all ranks, those that do not train too.
-        past: Of the same job, before ranks died: the run goes on from its newest checkpoint whatever `run.resume` says.
+        past: Of the same job, before ranks died.
 
     Raises:
         UserError: On every rank, for whatever of the configuration, data or checkpoint can't be used.
@@ -85,11 +85,12 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
     room.check(shape, world)
-    reader = resume.find(config, world.comm) if past is None else resume.again(config, world.comm)
+    reader = resume.find(config, world.comm, again=past is not None)
     past = past or Past()
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
         resume.check(reader, shape=asdict(shape), data=about_data, config=config)
+    resume.make_way(config, reader, world.comm)
     decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else past.arithmetic)
     on_root(world.comm, lambda: write_bytes(Path(config.run.dir) / "config.toml", config.to_toml().encode()))
     about = {"shape": asdict(shape), "data": {**about_data, "tokenizer": dataset.tokenizer_hash},

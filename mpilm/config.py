@@ -21,7 +21,8 @@ class Run:
         dir: Run directory: configuration, metrics and checkpoints.
         steps: Optimizer updates in all, over every resume.
         seed: Draws the initial weights and the order of the data.
-        resume: `auto` (the newest complete checkpoint of the run directory), `never`, or a checkpoint's path.
+        resume: Where the run begins: `auto` (the newest complete checkpoint of the run directory), `never` (step 0), or
+            a checkpoint's path. The same command again goes on from what the run has saved, with each of them.
         reproducible: The same bits on any number of ranks.
         precision: Arithmetic of the model: `auto` takes bf16 where it is measurably faster.
         compile: torch.compile: `auto` where the run is long enough to pay for it.
@@ -30,9 +31,10 @@ class Run:
             --with-ft ulfm).
         stop_signals: Signals at which all ranks save and end, with exit code 75: "submit me again".
         time_limit_s: So long this job may take; 0: what is left of its allocation (Slurm's, PBS's), if it is in one.
-        stop_before_s: Save and end so long before the time limit, and twice as long as a save takes.
+        stop_before_s: Save and end so long before the time limit, and twice as long as a save takes; shorter than
+            `time_limit_s`.
         hang_timeout_s: End the job, with exit code 77 and everyone's stacks, when nobody gets any further (before and
-            after the steps for five times that), or a rank does not answer, for so long; 0: never.
+            after the steps for five times that), or a rank does not answer, for so long, from 1 up; 0: never.
         straggler: Name a rank whose own work takes so many times the median.
         max_skipped: End the run after so many steps in a row with a NaN or infinite gradient.
     """

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mpilm.data._files import write_bytes
 from mpilm.named import named
 from mpilm.progress import Progress
 
@@ -41,10 +41,7 @@ class Metrics:
         """
         step, path = self.first_step, self.directory / FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".partial")
-        with named(temporary):
-            temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_bytes(path, "".join(kept).encode())
         self.file = path.open("a", buffering=1)
         self.progress = Progress(self.steps, done=step)
         if self.tensorboard:
@@ -92,7 +89,7 @@ def _lines(path: Path) -> list[str]:
 def _has_step(line: str) -> bool:
     try:
         return isinstance(json.loads(line)["step"], int)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return False
 
 

@@ -12,14 +12,18 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from mpilm.config import Config, Model
+from mpilm.config import Config, Model, Run
 from mpilm.log import UserError
 
 # A slip of the finger is refused here, before it takes all memory, or hours, to find out.
 LIMITS = {"run.steps": 2**40, "run.seed": 2**63, "run.threads": 1024, "data.sequence_length": 2**31,
           "data.global_batch_size": 2**20, "model.layers": 10_000, "model.width": 2**20, "model.hidden": 2**24,
           "model.vocab_size": 2**31, "model.norm_eps": 1.0, "sync.bucket_mib": 2**20, "parallel.chunks": 10_000,
-          "optim.warmup_steps": 2**40}
+          "optim.warmup_steps": 2**40, "run.time_limit_s": 10**8, "run.stop_before_s": 10**8,
+          "run.hang_timeout_s": 10**6, "run.straggler": 10**6, "run.spares": 2**20, "run.max_skipped": 2**40,
+          "checkpoint.mtbf_h": 10**6, "checkpoint.keep_last": 2**40, "checkpoint.keep_every": 2**40}
+# A rank that does not beat for so long may be busy with something else.
+SHORTEST_HANG_S = 1.0
 
 
 def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.train", description: str = "") -> Config:
@@ -103,8 +107,10 @@ def check(config: Config) -> None:
                    "sync.compress_warmup", "sync.local_after", "sync.fragments"):
         _require(config, option, lambda value: value >= 0, "a whole number from 0 up")
     _require(config, "run.straggler", lambda value: 1 < value < float("inf"), "a finite number above 1")
-    for option in ("run.time_limit_s", "run.stop_before_s", "run.hang_timeout_s"):
+    for option in ("run.time_limit_s", "run.stop_before_s"):
         _require(config, option, lambda value: 0 <= value < float("inf"), "seconds from 0 up")
+    _require(config, "run.hang_timeout_s", lambda value: value == 0 or value >= SHORTEST_HANG_S,
+             f"seconds from {SHORTEST_HANG_S:g} up, or 0 for never")
     for option in ("optim.clip", "optim.weight_decay", "optim.lr"):
         _require(config, option, lambda value: 0 <= value < float("inf"), "a finite number from 0 up")
     for option in ("optim.min_lr", "optim.decay_fraction"):
@@ -120,8 +126,9 @@ def check(config: Config) -> None:
         _require(config, option, lambda value: value.strip() and "\0" not in value, "a name")
     _require(config, "sync.level", lambda value: value in (1, 2, 3), "1, 2 or 3")
     _require(config, "sync.staleness", lambda value: value == "inf" or value >= 0, "a whole number from 0 up, or inf")
-    _require(config, "checkpoint.every", lambda value: value == "auto" or value >= 0,
-             "a whole number from 0 up, or auto")
+    _require(config, "checkpoint.every", lambda value: value == "auto" or 0 <= value <= 2**40,
+             "a whole number from 0 to 2**40, or auto")
+    _check_time(config.run)
     _check_shape(config.model)
     _check_sharding(config)
     _check_local(config)
@@ -139,6 +146,13 @@ def _require(config: Config, option: str, allowed: Any, meaning: str) -> None:
     value = getattr(getattr(config, section), key)
     if not allowed(value):
         raise UserError(f"--{option} {value}: give {meaning}.")
+
+
+def _check_time(run: Run) -> None:
+    if 0 < run.time_limit_s <= run.stop_before_s:
+        raise UserError(f"--run.time_limit_s {run.time_limit_s:g}: every job would end after two steps, because "
+                        f"it saves and ends --run.stop_before_s {run.stop_before_s:g} before. Give a longer time, or "
+                        f"a shorter --run.stop_before_s, such as {run.time_limit_s / 10:g}.")
 
 
 def _check_sharding(config: Config) -> None:

@@ -240,6 +240,9 @@ class Run:
 def promise(world: World, config: Config) -> str:
     """What happens when a rank dies, in a sentence."""
     if world.base is None:
+        if config.run.spares:
+            warn(f"--run.spares {config.run.spares}: without ULFM spares can't step in, and only wait. Start with "
+                 "mpirun --with-ft ulfm (Open MPI 5), or give --run.spares 0.")
         return "If a rank dies, the job ends, and the same command goes on from the newest checkpoint."
     spares = f"; {counted(config.run.spares, 'spare')} to step in" if config.run.spares else ""
     return f"If a rank dies, the others go on (ULFM is on){spares}."

@@ -6,66 +6,77 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpilm import origin
 from mpilm.checkpoint import Reader, differences, newest, verified
 from mpilm.config import Config
 from mpilm.data._format import read_index
 from mpilm.data.shards import check_tokenizer
 from mpilm.launch import on_root
 from mpilm.log import UserError, say
+from mpilm.origin import CHECKPOINTS
 
-CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
+MANIFEST = "manifest.json"
 # What fixes the meaning of a step: with another value the run would see some data twice and some never.
 POSITION = ("data.sequence_length", "data.global_batch_size", "run.seed")
 
 
-def find(config: Config, comm: Any) -> Reader | None:
+def find(config: Config, comm: Any, *, again: bool = False) -> Reader | None:
     """The checkpoint that `run.resume` asks for; None to start from step 0. Collective over `comm`.
+
+    A path or `never` says where a run begins. When it has begun so, by the same command before, and was cut short, it
+    goes on from what it has saved (origin.py); one that had finished begins again.
+
+    Args:
+        again: This job has begun already, and ranks of it died.
 
     Raises:
         UserError: There is none at the path given, or all there are is damaged.
     """
-    if config.run.resume == "never":
-        return None
-    if config.run.resume == "auto":
-        return newest(Path(config.run.dir) / CHECKPOINTS, comm)
-    return open_run(config.run.resume, comm)
+    given, directory = config.run.resume, Path(config.run.dir) / CHECKPOINTS
+    begun = on_root(comm, lambda: None if given == "auto" else origin.read(config))
+    if begun is None and given != "auto":
+        return None if given == "never" else open_run(given, comm)
+    found = newest(directory, comm)
+    if begun is None:
+        return found
+    if found is not None and not again:
+        if _finished(found):
+            on_root(comm, lambda: origin.path(config).unlink(missing_ok=True))
+            return None if given == "never" else open_run(given, comm)
+        say(f"--run.resume {given}: this run has begun so, and goes on from its newest checkpoint. To begin again, "
+            f"give another --run.dir, or remove {origin.path(config)}.")
+    return found if found is not None or begun.checkpoint is None else _begun_from(begun.checkpoint, config, comm)
 
 
-def make_way(config: Config, comm: Any) -> None:
-    """With `run.resume never` put the checkpoints of an earlier run aside. Collective over `comm`."""
-    if config.run.resume == "never":
-        on_root(comm, lambda: _put_aside(Path(config.run.dir) / CHECKPOINTS))
+def _finished(reader: Reader) -> bool:
+    """Whether it is the last checkpoint of what was wanted when it was written."""
+    return reader.step >= reader.meta.get("config", {}).get("run", {}).get("steps", reader.step + 1)
 
 
-def again(config: Config, comm: Any) -> Reader | None:
-    """The checkpoint that a run goes on from after ranks have died. Collective over `comm`.
+def _begun_from(path: Path, config: Config, comm: Any) -> Reader:
+    """The very checkpoint that a run without one of its own began from. Collective over `comm`."""
+    if on_root(comm, path.is_dir):
+        return verified(path, comm)
+    raise UserError(f"{path}: this run began from it and has saved nothing yet, but it is gone. Restore it; or, to "
+                    f"begin from what is now at --run.resume {config.run.resume}, remove {origin.path(config)}.")
+
+
+def make_way(config: Config, reader: Reader | None, comm: Any) -> None:
+    """Before a run begins from `reader`, put aside the checkpoints in its directory that are another's, and write down
+    what it began from (origin.py). Collective over `comm`.
 
     Raises:
-        UserError: As `find`.
+        UserError: The file system refuses.
     """
-    directory = Path(config.run.dir) / CHECKPOINTS
-    found = newest(directory, comm) if on_root(comm, directory.is_dir) else None
-    given = config.run.resume not in ("auto", "never")
-    return open_run(config.run.resume, comm) if found is None and given else found
+    on_root(comm, lambda: origin.begin(config, reader))
 
 
 def where(config: Config, comm: Any) -> str:
     """From where the same command goes on, in words. Collective over `comm`."""
-    found = again(config, comm)
+    found = find(config, comm, again=True)
     if found is None:
         return "Nothing was saved: the same command begins anew, with more ranks."
     return f"Step {found.step} is saved; the same command goes on from there, with more ranks."
-
-
-def _put_aside(directory: Path) -> None:
-    """A new run in an old directory must not find the old run's checkpoints newer than its own."""
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    number = 1
-    while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
-        number += 1
-    directory.rename(aside)
-    say(f"--run.resume never: the checkpoints of an earlier run are now in {aside}")
 
 
 def check(reader: Reader, *, shape: dict[str, Any], data: dict[str, Any], config: Config) -> None:

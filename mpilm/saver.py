@@ -32,7 +32,7 @@ class Saver:
 
     Attributes:
         path: The newest complete checkpoint of this run, or None.
-        save_s: What the last save took, in seconds.
+        save_s: What the last save took, in seconds; at first, what that of `reader` did.
     """
 
     def __init__(self, writer: Writer, holds: Holder, slices: Slices, comm: Any, config: Checkpoint, *,
@@ -41,7 +41,7 @@ class Saver:
         self.interval = Interval(config, reader.step if reader else 0)
         self.about, self.saved = about, reader.step if reader else -1
         self.path: Path | None = reader.path if reader else None
-        self.save_s = 0.0
+        self.save_s = reader.write_s if reader else 0.0
         writer.reserve(self._mine())
 
     def after_step(self, state: TrainState, *, last: bool) -> None:

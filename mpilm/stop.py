@@ -10,7 +10,6 @@ waits.
 from __future__ import annotations
 
 import signal
-import time
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ class Stop:
 
     def __init__(self, comm: Any, asked: Asked) -> None:
         self.rounds, self.asked = Rounds(comm), asked
-        self.end = asked.limit() if comm.rank == 0 else None
+        self.left = asked.limit() if comm.rank == 0 else None
         self.save_s = 0.0   # what the last save took
 
     def after_step(self, *, last: bool) -> str | None:
@@ -47,7 +46,7 @@ class Stop:
 
     def _vote(self) -> int:
         margin = self.asked.config.stop_before_s + 2 * self.save_s
-        late = self.end is not None and time.time() + margin > self.end
+        late = self.left is not None and self.left() < margin
         return min(self.asked.signal, self.asked.elsewhere(), TIME if late else NOTHING)
 
 

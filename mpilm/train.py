@@ -12,8 +12,8 @@ from mpilm import launch, options
 from mpilm.asked import Asked
 from mpilm.config import Config
 from mpilm.launch import World
-from mpilm.lock import locked
-from mpilm.log import say
+from mpilm.lock import Claim
+from mpilm.log import UserError, say
 
 if TYPE_CHECKING:
     from mpilm.server import Serving
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CORPUS = "corpus"  # folder of the built-in corpus, beside the runs
 PROMPT, SAMPLE_TOKENS = "import ", 120
-LOCK, WAIT_S = ".lock", 5.0  # a run that was killed may take so long to end
+WAIT_S = 5.0  # a run that was killed may take so long to end
 DESCRIPTION = "Train a language model on the ranks that mpirun or srun started; without them, on one."
 
 
@@ -37,31 +37,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class RunDirectory:
-    """Where the run writes; rank 0 keeps other programs out of it until `stack` is unwound."""
+    """Where the run writes; its ranks keep other jobs out of it until `stack` is unwound."""
 
     def __init__(self, config: Config, stack: ExitStack) -> None:
-        self.config, self.path, self.stack, self.locked = config, config.run.dir, stack, False
+        self.config, self.path = config, config.run.dir
+        self.claim = Claim(Path(config.run.dir), wait_s=WAIT_S, otherwise="give another --run.dir")
+        stack.callback(self.claim.release)
 
     def prepare(self, world: World) -> None:
-        """Have the lock, something to train on, and no checkpoints where none are wanted. Collective over the world."""
-        from mpilm import resume
-
+        """Have the lock and something to train on. Collective over the world."""
         self.lock(world)
         self.config.data.path = self.config.data.path or built_in(world)
-        resume.make_way(self.config, world.comm)
 
     def lock(self, world: World) -> None:
-        """Rank 0 holds the lock. Collective over the world."""
-        launch.on_root(world.comm, self._lock)
+        """Rank 0 leads, all follow, and no other job comes in between. Collective over the world.
 
-    def _lock(self) -> None:
-        if not self.locked:
-            self.stack.enter_context(
-                locked(Path(self.path) / LOCK, wait_s=WAIT_S, otherwise="give another --run.dir"))
-            self.locked = True
+        Raises:
+            UserError: Another job is there.
+        """
+        alone = not any(world.comm.allgather(self.claim.follows))
+        launch.on_root(world.comm, lambda: self.claim.lead(alone=alone))
+        problem = None
+        try:
+            self.claim.follow()
+        except (UserError, OSError) as error:
+            problem = error
+        launch.agree(world.comm, problem)
 
     def greet(self, world: World) -> None:
         """Rank 0 may be another one than before: it takes the lock and writes the log. Collective over the world."""
+        launch.on_root(world.comm, lambda: Path(self.path).mkdir(parents=True, exist_ok=True))
         self.lock(world)
         launch.greet(world, self.path)
 

@@ -17,8 +17,8 @@ FLOORS = {
     1: {"comm", "model", "data", "planner", "bridge", "flat"},
     2: {"parallel", "sync"},
     3: {"checkpoint", "state", "optim"},
-    4: {"trainer", "server", "assemble", "hybrid", "sequential", "recovery", "resume", "saver", "validation", "stop",
-        "heartbeat", "vigil", "interval", "arithmetic", "metrics", "room", "connect"},
+    4: {"trainer", "server", "assemble", "hybrid", "sequential", "recovery", "resume", "origin", "saver", "validation",
+        "stop", "heartbeat", "vigil", "interval", "arithmetic", "metrics", "room", "connect"},
     5: {"train", "evaluate", "generate", "inspect", "plan", "bench"},
 }
 FORBIDDEN = {

@@ -70,6 +70,12 @@ def test_too_little_room_is_found_before_anything_is_written(comm, tmp_path_all)
         assert newest(disk / "c", comm).step == 3
 
 
+def test_no_earlier_one_is_promised_where_there_is_none(comm, tmp_path_all):
+    with small_disk(comm, tmp_path_all / "disk", "size=2m") as disk:
+        writer = Writer(disk / "c", comm)
+        assert_refused(comm, lambda: writer.save(2, pieces(comm, 12 // comm.size, 2), {}), "No earlier one is in")
+
+
 def test_a_disk_that_fills_up_while_it_is_written(comm, tmp_path_all):
     with small_disk(comm, tmp_path_all / "disk", "size=100m,nr_inodes=13") as disk:
         write(disk / "c", comm, [1], keep_last=2)

@@ -18,8 +18,20 @@ from tests.helpers import REPOSITORY, clean_environment
 from tests.slurm.submitted import settings
 
 pytestmark = [pytest.mark.serial, pytest.mark.slow]
-OUT_OF_TIME = {"run.time_limit_s": 1, "run.stop_before_s": 100}
+OUT_OF_TIME = {"run.time_limit_s": 1, "run.stop_before_s": 0.99}
 MOST_JOBS = 5
+# What `qstat -f` of PBS says of a job; lines are broken anywhere.
+QSTAT = """Job Id: 7.pbs
+    Job_Name = mpilm
+    queue = exec_queue
+    Variable_List = PBS_O_HOME=/home/user,MPILM_ARGS=--config a.toml,
+\tPBS_O_QUEUE=route
+    Submit_arguments = -A physics -q route -l select=2:ncpus=2:mpiprocs=2 -l wallt
+\time=01:00:00 -V jobs/train_resubmit.pbs
+    project = _pbs_project_default
+
+"""
+OPTIONS = "-A physics -q route -l select=2:ncpus=2:mpiprocs=2 -l walltime=01:00:00"
 
 
 @pytest.fixture
@@ -29,6 +41,8 @@ def queue(tmp_path):
     qsub, submitted, nodes = tmp_path / "bin" / "qsub", tmp_path / "submitted", tmp_path / "nodes"
     qsub.write_text(f'#!/bin/sh\necho "$@" >> {submitted}\n')
     qsub.chmod(0o755)
+    (tmp_path / "bin" / "qstat").write_text(f"#!/bin/sh\ncat <<'EOF'\n{QSTAT}EOF\n")
+    (tmp_path / "bin" / "qstat").chmod(0o755)
     nodes.write_text("localhost\nlocalhost\n")
 
     def running(script, arguments, **variables):
@@ -54,9 +68,10 @@ def arguments(data: Path, directory: Path, **changes):
     return small_jobs.arguments(data, directory, **{"run.steps": 3} | changes)
 
 
-def test_a_job_that_is_out_of_time_submits_another(queue, tmp_path):
+def test_a_job_that_is_out_of_time_submits_another(queue, tmp_path, capsys):
     data = datasets.small(tmp_path / "data")
     assert queue("train_resubmit.pbs", arguments(data, tmp_path / "run", **OUT_OF_TIME)) == [75, 0]
+    assert (tmp_path / "submitted").read_text() == f"{OPTIONS} -V jobs/train_resubmit.pbs\n", capsys.readouterr().out
     assert queue("train_many_nodes.pbs", arguments(data, tmp_path / "undisturbed")) == [0]
     assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
 
@@ -70,7 +85,7 @@ def test_what_fails_stays_away(queue, tmp_path, capsys, script):
 
 def test_data_is_prepared_and_a_server_trains(queue, tmp_path, capsys):
     (tmp_path / "text.py").write_text(inspect.getsource(inspect))
-    where = {"TEXT": str(tmp_path / "text.py"), "TO": str(tmp_path / "tokens"), "VOCABULARY": "300"}
+    where = {"TEXT": str(tmp_path / "text.py"), "TO": f"{tmp_path / 'tokens'}/", "VOCABULARY": "300"}
     assert queue("prepare_data.pbs", [], **where) == [0]
     assert (tmp_path / "tokens.tokenizer.json").exists()
     assert queue("parameter_server.pbs", arguments(tmp_path / "tokens", tmp_path / "run")) == [0]

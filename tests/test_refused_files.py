@@ -63,7 +63,8 @@ def test_what_stands_in_the_way_is_named(comm, tmp_path_all, name, is_file):
 def test_garbage_among_the_metrics_is_left_out(tmp_path):
     """What is no line of ours does not come into the next run's file."""
     good = json.dumps({"step": 1, "loss": 2.0}) + "\n"
-    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n" + good.encode() + b"[1]\n{}\n" + good[:9].encode())
+    garbage, deep = b"\xff\xfe\x00\n", b"[" * 100000 + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(garbage + good.encode() + b"[1]\n{}\n" + deep + good[:9].encode())
     metrics = Metrics(tmp_path, step=5, steps=9, tensorboard=False)
     metrics.open()
     metrics.close()

@@ -10,13 +10,19 @@ from pathlib import Path
 import pytest
 
 from mpilm import allocation, asked, stop
-from mpilm.config import Run
+from mpilm.checkpoint import Alone, Writer, newest
+from mpilm.config import Checkpoint, Run
 from mpilm.log import UserError
+from mpilm.model.shape import Shape
+from mpilm.model.slices import Slices
+from mpilm.saver import Saver
 from tests import datasets
 from tests.chaos.jobs import Job, losses, weights
+from tests.checkpoint_cases import write
 
 pytestmark = pytest.mark.serial
 SERVERS = {"sync.kind": "parameter_server"}
+SHAPE = Shape(layers=1, width=8, heads=2, vocab_size=4)
 UNBOUNDED = SERVERS | {"sync.staleness": 1, "run.reproducible": "false"}
 
 
@@ -82,8 +88,28 @@ def test_the_time_limit(data, tmp_path):
 
 def test_the_allocation_is_the_limit(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "2000000000")
-    assert asked.Asked(Run()).limit() == 2000000000
-    assert asked.Asked(Run(time_limit_s=100)).limit() == pytest.approx(time.time() + 100, abs=5)
+    assert asked.Asked(Run()).limit()() == pytest.approx(2000000000 - time.time(), abs=5)
+
+
+def test_a_clock_that_is_set_ends_no_job(monkeypatch):
+    left = asked.Asked(Run(time_limit_s=100)).limit()
+    monkeypatch.setattr(asked.time, "time", lambda: 4e9)
+    assert left() == pytest.approx(100, abs=5)
+
+
+def test_what_a_save_takes_is_known_from_the_checkpoint(comm, tmp_path):
+    write(tmp_path / "c", comm, [6])
+    reader = newest(tmp_path / "c", Alone())
+    assert 0 < reader.write_s < 60
+    saver = Saver(Writer(tmp_path / "c", comm), NoTensors(), Slices(SHAPE), comm, Checkpoint(), about={}, reader=reader)
+    assert saver.save_s == reader.write_s
+
+
+class NoTensors:
+    """Holds nothing."""
+
+    def runs(self, part, parts):
+        return []
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("1-00:00:00", 86400), ("10:00", 600), ("1:00:00\n", 3600),

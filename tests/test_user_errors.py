@@ -71,6 +71,12 @@ def test_a_configuration_survives_its_own_text(tmp_path):
     (["--data.global_batch_size", str(2**40)], "data.global_batch_size"),
     (["--optim.beta1", "1"], "optim.beta1 1.0: give a number from 0 to below 1"),
     (["--run.dir", " "], "run.dir"),
+    (["--run.hang_timeout_s", "1e12"], "run.hang_timeout_s 1000000000000.0: give at most 1,000,000"),
+    (["--run.hang_timeout_s", "0.001"], "run.hang_timeout_s 0.001: give seconds from 1 up, or 0 for never"),
+    (["--checkpoint.every", "auto", "--checkpoint.mtbf_h", "1e308"], "checkpoint.mtbf_h 1e.308: give at most"),
+    (["--checkpoint.every", str(2**70)], "checkpoint.every 1180591620717411303424"),
+    (["--run.time_limit_s", "1e300"], "run.time_limit_s 1e.300: give at most"),
+    (["--run.time_limit_s", "20"], r"every job would end after two steps.*--run\.stop_before_s, such as 2\."),
     (["--run.resume", ""], "run.resume"),
 ])
 def test_the_culprit_is_named(argv, named):

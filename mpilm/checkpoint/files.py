@@ -45,8 +45,17 @@ class Place:
         return UserError(
             f"The checkpoint of step {self.step} could not be written: rank {self.rank} on {socket.gethostname()}: "
             f"{error.filename or self.partial}: {error.strerror}.{hint} "
-            f"{_readable(self.needed)} are needed, {self._free()} are free. Earlier checkpoints in {self.directory} "
-            "are intact: when the cause is removed, the same command goes on from there.")
+            f"{_readable(self.needed)} are needed, {self._free()} are free. {self._earlier()}")
+
+    def _earlier(self) -> str:
+        try:
+            earlier = any(step < self.step for step in retention.complete(self.directory))
+        except OSError:     # what is there can't be seen now
+            return "When the cause is removed, the same command goes on from the newest checkpoint."
+        if earlier:
+            return (f"Earlier checkpoints in {self.directory} are intact: when the cause is removed, the same command "
+                    "goes on from there.")
+        return f"No earlier one is in {self.directory}: when the cause is removed, the same command begins again."
 
     def _free(self) -> str:
         existing = next((path for path in (self.directory, *self.directory.parents) if path.is_dir()), Path("/"))
@@ -141,8 +150,8 @@ def write_share(place: Place, files: Sequence[Sequence[Piece]], views: Sequence[
     return manifest.record(written, announced)
 
 
-def commit(place: Place, records: Sequence[dict[str, Any]], meta: dict[str, Any], *, keep_last: int,
-           keep_every: int) -> list[str]:
+def commit(place: Place, records: Sequence[dict[str, Any]], meta: dict[str, Any], *, write_s: float,
+           keep_last: int, keep_every: int) -> list[str]:
     """Make what all ranks wrote a complete checkpoint, then remove what need not stay. Rank 0 only.
 
     Returns:
@@ -152,7 +161,7 @@ def commit(place: Place, records: Sequence[dict[str, Any]], meta: dict[str, Any]
         UserError: The file system refuses, or a file is not there any more.
         ValueError: The pieces of all ranks don't cover every tensor exactly once.
     """
-    text = manifest.dumps(place.step, records, meta)
+    text = manifest.dumps(place.step, records, meta, write_s=write_s)
     try:
         for part in records:
             for name, file in part["files"].items():

@@ -1,6 +1,6 @@
 """The manifest: which tensors a checkpoint has, where their runs lie, and the checksum of everything.
 
-    {"format": "mpilm checkpoint", "version": 1, "step": 100, "ranks": 2, "meta": {...},
+    {"format": "mpilm checkpoint", "version": 1, "step": 100, "ranks": 2, "write_s": 8.1, "meta": {...},
      "tensors": {"model.norm.weight": {"shape": [256], "dtype": "F32", "runs": [
          {"file": "rank-00000-part-00.safetensors", "key": "model.norm.weight", "start": 0, "count": 256}]}},
      "files": {"rank-00000-part-00.safetensors": {"bytes": 1224, "sha256": "..."}},
@@ -74,13 +74,15 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of it. `meta` is the caller's: configuration, fingerprint of the data, facts of the launch."""
+    """All of it. `meta` is the caller's: configuration, fingerprint of the data, facts of the launch. `write_s` is what
+    it took to write, in seconds; 0 if that is not known."""
 
     step: int
     ranks: int
     tensors: dict[str, Tensor]
     files: dict[str, File]
     meta: dict[str, Any]
+    write_s: float = 0.0
 
 
 def record(files: Iterable[tuple[str, Sequence[Piece], int, str]], announced: Iterable[Piece]) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _require_same(name: str, one: dict[str, Any], other: dict[str, Any]) -> None
             raise ValueError(f"pieces of {name} disagree: {fact} {one[fact]} and {other[fact]}")
 
 
-def dumps(step: int, records: Sequence[dict[str, Any]], meta: dict[str, Any]) -> bytes:
+def dumps(step: int, records: Sequence[dict[str, Any]], meta: dict[str, Any], *, write_s: float = 0.0) -> bytes:
     """The manifest's text from what each rank wrote.
 
     Raises:
@@ -123,7 +125,8 @@ def dumps(step: int, records: Sequence[dict[str, Any]], meta: dict[str, Any]) ->
     for name, entry in tensors.items():
         entry["runs"].sort(key=lambda run: (run.get("columns", []), run["start"]))
         _require_cover(name, entry["shape"], _runs(entry))
-    body = {"format": FORMAT, "version": VERSION, "step": step, "ranks": len(records), "meta": meta,
+    body = {"format": FORMAT, "version": VERSION, "step": step, "ranks": len(records), "write_s": write_s,
+            "meta": meta,
             "files": files, "tensors": tensors}
     return json.dumps({**body, "sha256": _digest(body)}, indent=1).encode()
 
@@ -209,7 +212,8 @@ def _checked(body: dict[str, Any]) -> Manifest:
     for name, total in used.items():
         _require(total <= files[name].bytes, f"{name} of {files[name].bytes} bytes can't hold {total}")
     _require(isinstance(body["meta"], dict), "meta is not an object")
-    return Manifest(_whole(body["step"]), _whole(body["ranks"]), tensors, files, body["meta"])
+    return Manifest(_whole(body["step"]), _whole(body["ranks"]), tensors, files, body["meta"],
+                    _seconds(body.get("write_s", 0.0)))     # versions before this one did not write it
 
 
 def _tensor(name: str, entry: dict[str, Any]) -> Tensor:
@@ -224,6 +228,11 @@ def _tensor(name: str, entry: dict[str, Any]) -> Tensor:
 def _whole(number: Any) -> int:
     _require(type(number) is int and 0 <= number < 1 << 62, f"{str(number)[:40]} is not a whole number")
     return int(number)
+
+
+def _seconds(number: Any) -> float:
+    _require(type(number) in (int, float) and 0 <= number < 1 << 31, f"{str(number)[:40]} is no time")
+    return float(number)
 
 
 def _require(condition: object, otherwise: str) -> None:

@@ -45,6 +45,7 @@ class Reader:
             raise DamagedError(f"{self.path / manifest.FILE} is of step {self.manifest.step}: in the wrong place.")
         self.step: int = self.manifest.step
         self.meta: dict[str, Any] = self.manifest.meta
+        self.write_s = self.manifest.write_s
         self.tensors: dict[str, Tensor] = self.manifest.tensors
         self._contents: dict[str, dict[str, tensorfile.Stored]] = {}
 

@@ -4,7 +4,8 @@
     .step-00000200.partial    being written; after a kill: removed at the next start
     .step-00000100.replaced   the old one while a new one of the same step takes its name; good until that has happened
     .step-00000100.removed    being removed; after a kill: removed at the next start
-    step-00000300.abandoned   the run went back to before this step and went on from there
+    step-00000300.abandoned   the run went back to before this step and went on from there; stays, and the next of
+                              this step is called .abandoned-2
 
 A directory is renamed before it is removed, so that no kill leaves half of one under a good name.
 """
@@ -71,16 +72,21 @@ def publish(directory: Path, step: int) -> None:
 def prune(directory: Path, step: int, *, keep_last: int, keep_every: int) -> list[str]:
     """After `step` has become complete: set aside what is newer, remove what need not stay; what to tell about it."""
     found = complete(directory)
-    newer = [other for other in found if other > step]
-    for other in newer:
-        abandoned = directory / f"{name(other)}.abandoned"
-        if abandoned.exists():
-            _remove(abandoned, other)
-        os.rename(found[other], abandoned)
+    abandoned = {other: abandon(directory, other, found[other]) for other in found if other > step}
     for other in expired([other for other in found if other <= step], keep_last=keep_last, keep_every=keep_every):
         _remove(found[other], other)
     return [f"{directory / name(other)} is from before the run went back to an earlier step; "
-            f"it is now called {name(other)}.abandoned." for other in newer]
+            f"it is now called {path.name}." for other, path in abandoned.items()]
+
+
+def abandon(directory: Path, step: int, path: Path) -> Path:
+    """Give the checkpoint of a step at `path` a name under which no run goes on from it; the new path."""
+    target, number = directory / f"{name(step)}.abandoned", 1
+    while target.exists():
+        number += 1
+        target = directory / f"{name(step)}.abandoned-{number}"
+    os.rename(path, target)
+    return target
 
 
 def expired(steps: Iterable[int], *, keep_last: int, keep_every: int) -> list[int]:

@@ -199,7 +199,8 @@ class Writer:
     def _commit(self, job: _Job, records: list[dict[str, Any]] | None) -> list[str]:
         if records is None:
             return []
-        return files.commit(job.place, records, job.meta, keep_last=self.keep_last, keep_every=self.keep_every)
+        return files.commit(job.place, records, job.meta, write_s=round(time.perf_counter() - job.began, 3),
+                            keep_last=self.keep_last, keep_every=self.keep_every)
 
     def _conclude(self) -> Saved:
         """It is complete."""

@@ -113,7 +113,10 @@ def weights(directory: Path) -> str:
     return f"{found['step']} {found['weights_sha256']}"
 
 
-def losses(directory: Path) -> list[tuple[int, float, float | None]]:
-    """(step, loss, validation loss) of every line of metrics."""
+Curve = list[tuple[int, float, float, float, float | None]]
+
+
+def losses(directory: Path) -> Curve:
+    """(step, loss, learning rate, gradient norm, validation loss) of every line of metrics."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line.get("validation_loss")) for line in lines]
+    return [(line["step"], line["loss"], line["lr"], line["grad_norm"], line.get("validation_loss")) for line in lines]

@@ -1,0 +1,99 @@
+"""What a run began from when `--run.resume` is `never` or a path, so that the same command goes on with it.
+
+    runs/demo/origin.json    {"command": {"resume": "/data/runs/a/checkpoints/step-00000600", "seed": 1, ...},
+                              "checkpoint": "/data/runs/a/checkpoints/step-00000600"}
+
+Whoever begins first puts aside, under names that nobody resumes from, the checkpoints that are no part of the run that
+begins; nothing is removed. Then this file is written, and from then on all checkpoints of the run directory belong to
+that run: come from its origin, or lead to it. A kill on the way leaves the file unwritten, and the next one goes on
+with putting aside. All of it is called by one rank.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mpilm.checkpoint import Reader, retention
+from mpilm.config import Config
+from mpilm.data._files import write_json
+from mpilm.log import say
+from mpilm.named import named
+
+FILE, CHECKPOINTS = "origin.json", "checkpoints"
+# Sections that say what is learned: with others it is another command. How long, where and by whom is not in them.
+LEARNED = ("data", "model", "optim")
+
+
+class Origin(NamedTuple):
+    """What a run began from: this checkpoint, or nothing."""
+
+    checkpoint: Path | None
+
+
+def path(config: Config) -> Path:
+    """Where it is written."""
+    return Path(config.run.dir) / FILE
+
+
+def read(config: Config) -> Origin | None:
+    """What this command has begun from; None if it has not begun yet, or another one has since.
+
+    Raises:
+        OSError: The file is there, but can't be read.
+    """
+    try:
+        with named(path(config)):
+            found = json.loads(path(config).read_bytes())
+        checkpoint = found["checkpoint"]
+        same = found["command"] == _command(config)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):   # it is as good as not there
+        return None
+    return Origin(checkpoint and Path(checkpoint)) if same else None
+
+
+def begin(config: Config, reader: Reader | None) -> None:
+    """Make sure that the checkpoints of the run directory belong to the run that begins from `reader`, or from nothing,
+    and write down what that is. Once: if this command has begun before, nothing is done.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    if config.run.resume == "auto":
+        if reader is None:      # what is saved from now on comes from no origin
+            path(config).unlink(missing_ok=True)
+    elif read(config) is None:
+        _put_aside(config, reader)
+        write_json(path(config), {"command": _command(config), "checkpoint": reader and str(reader.path.resolve())})
+
+
+def _command(config: Config) -> dict[str, Any]:
+    """What makes a command the same as an earlier one, as JSON has it."""
+    resume = config.run.resume
+    sections = config.to_dict()
+    return {"resume": resume if resume == "never" else str(Path(resume).resolve()), "seed": config.run.seed,
+            **{name: sections[name] for name in LEARNED}}
+
+
+def _put_aside(config: Config, reader: Reader | None) -> None:
+    """The run that begins must not find checkpoints newer than its own that are another's."""
+    directory = Path(config.run.dir) / CHECKPOINTS
+    if reader is not None and directory.resolve() in reader.path.resolve().parents:
+        _abandon(directory, reader)
+    elif directory.is_dir() and any(directory.iterdir()):
+        number = 1
+        while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
+            number += 1
+        directory.rename(aside)
+        say(f"--run.resume {config.run.resume}: the checkpoints of an earlier run are now in {aside}")
+
+
+def _abandon(directory: Path, reader: Reader) -> None:
+    """The one that is read stays where it is, with those before it, which it comes from."""
+    found = retention.complete(directory)
+    ancestor = reader.path.resolve() in [one.resolve() for one in found.values()]
+    for step, one in found.items():
+        if step > reader.step or not ancestor:
+            say(f"{one}: the run begins from {reader.path}, and this one is now called "
+                f"{retention.abandon(directory, step, one).name}")
