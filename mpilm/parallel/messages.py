@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Messages:
         self.ledger = p2p.Ledger()
         self.wait_s = 0.0
         self._coming: deque[tuple[Message, tuple[int, ...]]] = deque()
-        self._posted: deque[tuple[Message, list[MPI.Request], torch.Tensor]] = deque()
+        self._posted: deque[tuple[Message, list[Any], torch.Tensor]] = deque()
 
     def expect(self, messages: Iterable[tuple[Message, tuple[int, ...]]]) -> None:
         """Get ready to receive these, in this order, each with the shape of its tensor."""
@@ -66,7 +67,7 @@ class Messages:
         expected, requests, tensor = self._posted.popleft()
         assert expected == key, f"{key} was wanted before {expected}"
         started = time.perf_counter()
-        p2p.wait(requests)
+        self.ledger.wait_for(requests)
         self.wait_s += time.perf_counter() - started
         self.ledger.reap()
         self._post()

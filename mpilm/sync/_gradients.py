@@ -16,7 +16,6 @@ order the k-th slots of all ranks must be a subtree: they are dealt in turns (or
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from mpilm.comm import arrays
-from mpilm.comm.worker import Inline, Worker
+from mpilm.comm.worker import Call, Inline, Worker
 from mpilm.sync._layout import Layout, Member
 from mpilm.sync._slots import Visit
 
@@ -53,7 +52,7 @@ class Gradients(Summed, Protocol):
     def depart(self, slot: int) -> Callable[[], None]:
         """The gradients of `slot` are all there; returns what the communication thread has to do. Collective."""
 
-    def departed(self, slot: int, future: Future[Any]) -> None:
+    def departed(self, slot: int, future: Call) -> None:
         """It will be done when `future` is."""
 
 
@@ -81,7 +80,7 @@ class Whole:
         """As Gradients; it is called for the last slot only."""
         return lambda: self._reduce(self.reduced)
 
-    def departed(self, slot: int, future: Future[Any]) -> None:
+    def departed(self, slot: int, future: Call) -> None:
         """As Gradients."""
 
 
@@ -91,7 +90,7 @@ class Room:
     def __init__(self, most: int, collective: Any, worker: Worker | Inline) -> None:
         self.memory, self.worker = collective.allocate(most, np.float32), worker
         self.filling = False
-        self.leaving: Future[Any] | None = None
+        self.leaving: Call | None = None
 
     def take(self, length: int) -> np.ndarray | None:
         """`length` elements, once what was there is through; None while another bucket fills it."""
@@ -103,7 +102,7 @@ class Room:
         taken: np.ndarray = self.memory[:length]
         return taken
 
-    def leave(self, future: Future[Any]) -> None:
+    def leave(self, future: Call) -> None:
         """What is there will be through when `future` is."""
         self.filling, self.leaving = False, future
 
@@ -149,7 +148,7 @@ class Passing:
             count(self.sums, slice(None), self.visits[slot], torch.from_numpy(place[self.segment]))
         return pass_on
 
-    def departed(self, slot: int, future: Future[Any]) -> None:
+    def departed(self, slot: int, future: Call) -> None:
         """As Gradients."""
         if slot == self.in_room:
             self.in_room = None

@@ -13,14 +13,13 @@ resizing them to nothing (arXiv 2304.11277).
 from __future__ import annotations
 
 import mmap
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpilm import bridge
-from mpilm.comm.worker import Inline, Worker
+from mpilm.comm.worker import Call, Inline, Worker
 
 
 class Kept:
@@ -76,7 +75,7 @@ class Gathered:
         self.flat = bridge.tensor(self.array, dtype)
         self.masters = self.shard = torch.zeros(own.stop - own.start)
         self.nbytes, self.own_bytes = 0, self.masters.nbytes
-        self.coming: Future[Any] | None = None
+        self.coming: Call | None = None
         self.used = False
 
     def fetch(self) -> None:
