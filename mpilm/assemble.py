@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpilm import arithmetic, connect, menu, resume, room, sync, ulfm
+from mpilm import arithmetic, connect, device, menu, resume, room, sync, ulfm
 from mpilm.arithmetic import Arithmetic
 from mpilm.asked import Asked
 from mpilm.checkpoint import Reader, Writer
 from mpilm.comm.mesh import Mesh
 from mpilm.comm.roles import Roles
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.config import Config
 from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
@@ -82,13 +83,15 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
     dataset = open_split(config, "train")
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
-    room.check(shape, world)
+    transport = device.transport(config, world)
+    room.check(shape, world, device.memory(world, transport.device))
     reader = resume.find(config, world.comm) if past is None else resume.again(config, world.comm)
     past = past or Past()
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
         resume.check(reader, shape=asdict(shape), data=about_data, config=config)
-    decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else past.arithmetic)
+    decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else past.arithmetic,
+                                       transport.device)
     on_root(world.comm, lambda: write_bytes(Path(config.run.dir) / "config.toml", config.to_toml().encode()))
     about = {"shape": asdict(shape), "data": {**about_data, "tokenizer": dataset.tokenizer_hash},
              "config": config.to_dict(), "arithmetic": decision.to_dict(),
@@ -102,7 +105,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
         server, update = serve(config, shape, decision, roles, state, values(Slices(shape), config.run.seed, reader))
         saver = _saver(config, world, roles.side, server, roles.side, Slices(shape), about, reader=reader)
         return Serving(config, state, server, update, saver, stop, where, alive)
-    core = build(config, world, shape, decision, roles)
+    core = build(config, world, shape, decision, roles, transport)
     where.part, where.passes = core.mesh.parts.rank, lambda: core.pipeline.played
     state, due = restore(core, shape, config, reader), owed(reader)
     return Trainer(
@@ -170,11 +173,13 @@ def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, stat
     return server, update
 
 
-def build(config: Config, world: World, shape: Shape, decision: Arithmetic, roles: Roles | None = None) -> Core:
+def build(config: Config, world: World, shape: Shape, decision: Arithmetic, roles: Roles | None = None,
+          transport: Transport = ON_HOST) -> Core:
     """Parts of the model and synchronizer, with memory but without values yet. Collective over those who work.
 
     Args:
         roles: As `assign` gave them; None: that is done here, and nobody serves.
+        transport: Of the device that the model is on.
 
     Raises:
         UserError: The layout is impossible; the message names those that would work.
@@ -196,26 +201,28 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
              for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype,
-                               roles=roles)
+                               roles=roles, transport=transport)
     for part in parts:
         part.recompute, part.around = parallel.recompute, synchronizer.around
     if decision.compile:
         for part in parts:
             part.compile_parts()
     stages = Pipeline(parts, synchronizer, mesh.pp, schedules.get(parallel.schedule),
-                      num_slots=sum(map(len, runs)) * cp, dtype=decision.dtype)
+                      num_slots=sum(map(len, runs)) * cp, dtype=decision.dtype, transport=transport)
     return Core(mesh, slots, parts, synchronizer, stages, Losses(together, runs, mesh.pp), update)
 
 
 def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
-                num_slots: int, dtype: torch.dtype, roles: Roles | None = None) -> Synchronizer[Any]:
+                num_slots: int, dtype: torch.dtype, roles: Roles | None = None,
+                transport: Transport = ON_HOST) -> Synchronizer[Any]:
     """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
     kind = sync.get(config.sync.kind)
     matrices = _matrices(parameters)
     repeated = set(parameters) - matrices if mesh.tp.rank else set()    # vectors are whole on every rank of a team
-    by = roles if roles and roles.servers else connect.collective(config, world, mesh, parameters.values())
+    by = roles if roles and roles.servers else connect.collective(config, world, mesh, parameters.values(),
+                                                                           transport)
     synchronizer: Synchronizer[Any] = kind(
-        parameters, matrices, by, mesh.parts, connect.worker(world, mesh), update=update,
+        parameters, matrices, by, mesh.parts, connect.worker(world, mesh, transport.device), update=update,
         compress=compressed(config.sync, update), num_slots=num_slots, dtype=dtype, bucket_mib=config.sync.bucket_mib,
         reproducible=config.run.reproducible, repeated=repeated, **menu.options(kind, config.sync))
     return world.owns(synchronizer)

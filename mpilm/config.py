@@ -35,6 +35,8 @@ class Run:
             does not answer, for so long; 0: never.
         straggler: Name a rank whose own work takes so many times the median.
         max_skipped: End the run after so many steps in a row with a NaN or infinite gradient.
+        device: The file of mpilm/comm/devices: cuda (a GPU, AMD's too), or host; `auto` takes a GPU if there is one.
+        share_gpu: More ranks than GPUs are meant: ranks may have one together, and divide its memory.
     """
 
     dir: str = "runs/demo"
@@ -52,6 +54,8 @@ class Run:
     hang_timeout_s: float = 600.0
     straggler: float = 1.5
     max_skipped: int = 10
+    device: Literal["auto", "cuda", "host"] = "auto"
+    share_gpu: bool = False
 
 
 @dataclass
@@ -201,6 +205,18 @@ class Sync:
 
 
 @dataclass
+class Comm:
+    """How arrays get from rank to rank.
+
+    Args:
+        transport: What MPI is given of a GPU's arrays: their own memory (`device`, for an MPI that knows GPUs), or
+            memory of the host that they are copied through (`staged`); `auto` asks MPI and tries.
+    """
+
+    transport: Literal["auto", "device", "staged"] = "auto"
+
+
+@dataclass
 class Checkpoint:
     """When the run is saved.
 
@@ -245,6 +261,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     parallel: Parallel = field(default_factory=Parallel)
     sync: Sync = field(default_factory=Sync)
+    comm: Comm = field(default_factory=Comm)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
 

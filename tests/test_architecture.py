@@ -18,7 +18,7 @@ FLOORS = {
     2: {"parallel", "sync"},
     3: {"checkpoint", "state", "optim"},
     4: {"trainer", "server", "assemble", "hybrid", "sequential", "recovery", "resume", "saver", "validation", "stop",
-        "heartbeat", "vigil", "interval", "arithmetic", "metrics", "room", "connect"},
+        "heartbeat", "vigil", "interval", "arithmetic", "metrics", "room", "connect", "device"},
     5: {"train", "evaluate", "generate", "inspect", "plan", "bench"},
 }
 FORBIDDEN = {

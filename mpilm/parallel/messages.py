@@ -17,12 +17,13 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from mpi4py import MPI
 
 from mpilm import bridge
 from mpilm.comm import arrays, p2p
+from mpilm.comm.devices import Array
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.parallel.routes import Message
 from mpilm.parallel.schedules import Kind
 
@@ -34,14 +35,15 @@ class Messages:
 
     Args:
         dtype: Of activations: what the model computes with.
+        transport: Of the device that it computes on.
 
     Attributes:
         wait_s: Seconds spent waiting for others, since it was last set to 0.
     """
 
-    def __init__(self, comm: MPI.Comm, dtype: torch.dtype) -> None:
-        self.comm, self.dtype = comm, dtype
-        self.ledger = p2p.Ledger()
+    def __init__(self, comm: MPI.Comm, dtype: torch.dtype, transport: Transport = ON_HOST) -> None:
+        self.comm, self.dtype, self.device = comm, dtype, transport.device.torch
+        self.ledger = transport.ledger()
         self.wait_s = 0.0
         self._coming: deque[tuple[Message, tuple[int, ...]]] = deque()
         self._posted: deque[tuple[Message, list[Any], torch.Tensor]] = deque()
@@ -57,7 +59,7 @@ class Messages:
             key, shape = self._coming.popleft()
             kind, stage, _ = key
             sender = stage - 1 if kind is Kind.FORWARD else stage + 1
-            tensor = torch.empty(shape, dtype=self.dtype)
+            tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
             requests = [self.ledger.receive(self.comm, piece, source=sender % self.comm.size, tag=_tag(kind, stage))
                         for piece in pieces(tensor)]
             self._posted.append((key, requests, tensor))
@@ -87,7 +89,7 @@ class Messages:
         self.wait_s += time.perf_counter() - started
 
 
-def pieces(tensor: torch.Tensor) -> list[np.ndarray]:
+def pieces(tensor: torch.Tensor) -> list[Array]:
     """A tensor's memory in messages of at most MESSAGE_BYTES; both ends cut it alike, and pieces come in order."""
     flat = bridge.array(tensor.view(-1))
     return [flat[cut] for cut in arrays.chunks(0, len(flat), arrays.MESSAGE_BYTES // flat.itemsize)]

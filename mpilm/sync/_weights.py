@@ -37,7 +37,8 @@ class Kept:
         self.array = collective.allocate_common(count, bridge.array_dtype(dtype))
         self.flat = bridge.tensor(self.array, dtype)
         self.shard = self.flat[own]
-        self.masters = self.shard if dtype == torch.float32 else torch.zeros(own.stop - own.start)
+        self.masters = (self.shard if dtype == torch.float32
+                        else torch.zeros(own.stop - own.start, device=collective.device.torch))
         self.nbytes = self.array.nbytes // collective.owners.size
         self.own_bytes = 0 if self.masters is self.shard else self.masters.nbytes
 

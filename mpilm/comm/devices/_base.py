@@ -67,6 +67,10 @@ class Device(ABC):
     def stream(self, name: str) -> AbstractContextManager[None]:
         """In such a block the current stream of this thread is one of STREAMS."""
 
+    def pointer(self) -> int:
+        """The current stream, as torch would take it; 0 is what torch takes by itself."""
+        return 0
+
     @abstractmethod
     def record(self) -> Any:
         """An event that has happened when everything queued on the current stream so far has."""
