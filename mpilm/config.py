@@ -170,7 +170,7 @@ class Sync:
         staleness: Steps that a worker may be ahead of the slowest; 0: updates are of all workers; inf: no limit.
         staleness_rule: What a server does about gradients of old parameters: nothing, scale the learning rate by
             1 / staleness, or compensate for what has changed since.
-        collective: The file of mpilm/comm/collectives: ring, shared, tree, mpi; `auto` measures and picks.
+        collective: The file of mpilm/comm/collectives: ring, shared, tree, mpi, nccl; `auto` measures and picks.
         bucket_mib: Gradients are reduced in buckets of this size.
         compress: What gradients are sent as: `none`, or a file of mpilm/sync/compress: bf16, int8, onebit, powersgd,
             topk. Under local_sgd it is what the replicas' differences are sent as.

@@ -55,9 +55,15 @@ def collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[to
                transport: Transport = ON_HOST) -> Collective:
     """What sums gradients over the replicas. Collective over the mesh."""
     node = world.owns(Node.build(mesh.replicas))
+    never = ("nccl",) if mesh.pp.size > 1 and transport.direct and transport.device is not HOST else ()
+    if config.sync.collective in never:
+        raise UserError("--sync.collective nccl: stages give MPI the GPU's memory while gradients are summed, and the "
+                        "two may wait for each other for ever. Choose --sync.collective shared or ring (or auto), or "
+                        "type --comm.transport staged.")
     return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
                                    count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
-                                   shared_bytes=room.shared(mesh, node, parameters), transport=transport))
+                                   shared_bytes=room.shared(mesh, node, parameters), transport=transport,
+                                   never=never))
 
 
 def worker(world: World, mesh: Mesh, device: Device = HOST) -> Worker | Inline:

@@ -21,13 +21,13 @@ from mpilm.log import UserError, say, warn
 
 ROUNDS = 5
 LONGEST = 4 * 2**20  # elements measured at most: 16 MiB of float32, past every cache
-FAST = ("shared", "ring", "mpi")
+FAST = ("shared", "ring", "mpi", "nccl")
 FIXED_ORDER = ("shared", "tree")
 
 
 def build(
     name: str, comm: MPI.Comm, node: Node, *, count: int, reproducible: bool = False, shared_bytes: int = 0,
-    transport: Transport = ON_HOST,
+    transport: Transport = ON_HOST, never: Collection[str] = (),
 ) -> Collective:
     """The collective of that name, or the fastest for `auto`; says what it picked. Collective over `comm`.
 
@@ -41,6 +41,7 @@ def build(
         reproducible: Sums must be in tree order.
         shared_bytes: What the caller will allocate in node-shared memory on every node if `shared` is the one.
         transport: Of the device whose arrays are summed.
+        never: What `auto` must not pick.
 
     Raises:
         UserError: It cannot work here; names what can.
@@ -48,7 +49,7 @@ def build(
     asks_node = name in ("auto", "shared") and transport.device.shares
     without = _unusable(comm, node, shared_bytes) if asks_node else ()
     if name == "auto" or name in without:
-        name, seen = measure(comm, node, count, reproducible=reproducible, without=without,
+        name, seen = measure(comm, node, count, reproducible=reproducible, without=(*without, *never),
                              transport=transport)
         figures = ", ".join(f"{who} {value:.1f}" for who, value in seen.items())
         say(f"allreduce: {name} (GB/s over {4 * count / 2**20:.3g} MiB: {figures})")

@@ -196,5 +196,5 @@ def test_reproducible_means_tree_order(collective: Collective) -> None:
 
 
 def test_a_name_that_is_no_file_lists_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"collective rings.*mpi, ring, shared, tree"):
+    with pytest.raises(UserError, match=r"collective rings.*mpi, nccl, ring, shared, tree"):
         collectives.get("rings")

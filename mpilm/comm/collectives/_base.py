@@ -37,14 +37,19 @@ class Collective(ABC):
         """The reason why it cannot sum over so many ranks, and what to do; None where it can."""
         return None
 
+    @classmethod
+    def lacks(cls, transport: Transport) -> str | None:
+        """The reason why it cannot sum what this transport's device has, and what to do; None where it can."""
+        return None
+
     def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
                  transport: Transport = ON_HOST) -> None:
         """Collective over `comm`; `node` was built over the same ranks.
 
         Raises:
-            UserError: Reproducible mode needs a fixed order and this collective has none; or see `why_not`.
+            UserError: Reproducible mode needs a fixed order and this collective has none; or see `why_not` and `lacks`.
         """
-        if reason := self.why_not(comm.size):
+        if reason := self.why_not(comm.size) or self.lacks(transport):
             raise UserError(reason)
         self.name = type(self).__module__.rpartition(".")[2]
         if reproducible and not self.fixed_order:

@@ -13,9 +13,7 @@ from mpi4py import MPI
 from mpilm.comm import arrays, network, order, p2p
 from mpilm.comm.collectives._base import Collective
 from mpilm.comm.devices import Array
-from mpilm.comm.node import Node
-from mpilm.comm.transport import ON_HOST, Transport
-from mpilm.log import UserError
+from mpilm.comm.transport import Transport
 
 SCATTER_BYTES = 16 * 2**20  # of a buffer that is scattered at a time; a longer one is copied together for it
 
@@ -23,17 +21,13 @@ SCATTER_BYTES = 16 * 2**20  # of a buffer that is scattered at a time; a longer 
 class Mpi(Collective):
     """Sums by MPI_Allreduce. It blocks inside MPI: MPI_Iallreduce measured 1.5 to 2.7 times slower."""
 
-    def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
-                 transport: Transport = ON_HOST) -> None:
-        """As Collective.
-
-        Raises:
-            UserError: MPI can't be given the device's memory; or as Collective.
-        """
-        if not transport.direct:
-            raise UserError(f"--sync.collective mpi gives MPI the memory of {transport.device.title}, which this MPI "
-                            "can't use: choose --sync.collective ring, shared or tree (or auto).")
-        super().__init__(comm, node, reproducible=reproducible, transport=transport)
+    @classmethod
+    def lacks(cls, transport: Transport) -> str | None:
+        """As Collective."""
+        if transport.direct:
+            return None
+        return (f"--sync.collective mpi gives MPI the memory of {transport.device.title}, which this MPI can't use. "
+                "Choose --sync.collective ring, shared or tree (or auto).")
 
     def allreduce(self, buffer: Array) -> None:
         """As Collective."""
