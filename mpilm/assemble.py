@@ -16,6 +16,7 @@ from mpilm import arithmetic, connect, device, menu, resume, room, sync, ulfm
 from mpilm.arithmetic import Arithmetic
 from mpilm.asked import Asked
 from mpilm.checkpoint import Reader, Writer
+from mpilm.comm.devices import HOST, Device
 from mpilm.comm.mesh import Mesh
 from mpilm.comm.roles import Roles
 from mpilm.comm.transport import ON_HOST, Transport
@@ -96,7 +97,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
     about = {"shape": asdict(shape), "data": {**about_data, "tokenizer": dataset.tokenizer_hash},
              "config": config.to_dict(), "arithmetic": decision.to_dict(),
              "layout": layout.describe(config, world.size)}
-    roles = assign(config, world)
+    roles = assign(config, world, transport.device)
     stop = Stop(world.dup("stop"), asked or Asked(config.run))
     where = Where()
     alive = partial(beating, world, config.run, where, scribe=roles.rank(0))
@@ -145,14 +146,14 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
                  tied_embeddings=model.tied_embeddings, rope_theta=model.rope_theta, norm_eps=model.norm_eps)
 
 
-def assign(config: Config, world: World) -> Roles:
-    """Who serves and who works. Collective over `world.comm`.
+def assign(config: Config, world: World, device: Device = HOST) -> Roles:
+    """Who serves and who works, on which device. Collective over `world.comm`.
 
     Raises:
         UserError: There is nobody to work.
     """
     layout.require_workers(config, world.size)
-    return world.owns(Roles.build(world.comm, servers=layout.num_servers(config)))
+    return world.owns(Roles.build(world.comm, servers=layout.num_servers(config), device=device))
 
 
 def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, state: TrainState,
@@ -187,7 +188,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     if config.model.kind != "gpt":
         raise UserError(f"--model.kind {config.model.kind}: this version has gpt.")
     layout.check(config, shape, world.size)
-    roles = roles or assign(config, world)
+    roles = roles or assign(config, world, transport.device)
     parallel = config.parallel
     pp, cp, tp = parallel.pp, parallel.cp, parallel.tp
     mesh = world.owns(Mesh.build(roles.side, dp=roles.workers // (pp * cp * tp), pp=pp, cp=cp, tp=tp))

@@ -18,6 +18,7 @@ from mpilm.comm.transport import MENU, ON_HOST, Transport
 from mpilm.config import Config
 from mpilm.launch import World, agree
 from mpilm.log import UserError, counted, say, warn
+from mpilm.sync import compress
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -64,10 +65,14 @@ def check(config: Config) -> None:
     """
     sync, parallel = config.sync, config.parallel
     host = "or --run.device host"
-    if sync.kind not in ("allreduce", "sharded"):
-        raise UserError(f"--sync.kind {sync.kind} is for CPUs in this version: give allreduce or sharded, {host}.")
-    if sync.compress != "none":
-        raise UserError(f"--sync.compress {sync.compress} is for CPUs in this version: give none, {host}.")
+    if sync.kind == "local_sgd":
+        raise UserError(f"--sync.kind local_sgd is for CPUs in this version: give allreduce, sharded or "
+                        f"parameter_server, {host}.")
+    able = [name for name in compress.names() if compress.get(name).on_gpus]
+    pushed = sync.kind == "parameter_server"    # what travels is encoded on the host
+    if sync.compress not in ("none", *able) and not pushed:
+        raise UserError(f"--sync.compress {sync.compress} is for CPUs in this version: give none, "
+                        f"{' or '.join(able)}, {host}.")
     for option, value in (("cp", parallel.cp), ("tp", parallel.tp)):
         if value > 1:
             raise UserError(f"--parallel.{option} {value} is for CPUs in this version: give 1, {host}.")

@@ -18,9 +18,10 @@ from mpilm.comm.transport import Direct, Staged
 from mpilm.config import Config, Parallel, Run, Sync
 from mpilm.launch import session
 from mpilm.log import UserError
+from tests import server_cases
 from tests.comm.late import Late
 from tests.helpers import everywhere
-from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, sharded
+from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, parallel, sharded
 
 serial = pytest.mark.serial
 WAYS = {"allreduce": configuration, "level 1": lambda name: sharded(name, 1)}
@@ -63,6 +64,29 @@ def test_a_step_that_does_not_follow_its_thread_shows(way: str, comm: MPI.Comm) 
     expected = alone(configuration())
     wrong = not same(on(late, WAYS[way]("shared"), Direct, "fp32"), expected)
     assert any(comm.allgather(wrong)), "the bits are right for all that"
+
+
+@pytest.mark.parametrize(("way", "compress"), [("allreduce", "bf16"), ("allreduce", "int8"), ("level 2", "none")])
+@pytest.mark.parametrize("how", [Direct, Staged])
+def test_arrays_need_not_be_numpys(way: str, compress: str, how: type, comm: MPI.Comm) -> None:
+    """What a late device cannot play, because torch works on its memory in the communication thread too."""
+    config = sharded("ring", 2, reproducible=False) if way == "level 2" else configuration("ring", reproducible=False)
+    config.sync.compress = compress
+    found = on(Late(prompt=True), config, how, "fp32")
+    everywhere(comm, same(found, parallel(config)), f"{found[:2]}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("compress", ["none", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_workers_of_servers(precision: str, compress: str, comm: MPI.Comm) -> None:
+    """Gradients go to the host and weights come from there."""
+    config = server_cases.with_servers(1)
+    config.sync.compress = compress
+    late = Direct(Late(comm.rank, immediate=True))
+    found = server_cases.train(config, precision=precision, transport=late)
+    expected = server_cases.train(config, precision=precision)
+    everywhere(comm, found is None or same(found, expected), f"{found and found[:2]}")
 
 
 @pytest.mark.parametrize("ask", [True, False])
@@ -126,7 +150,7 @@ def test_sharing_a_gpu_without_saying_so_is_refused_on_all_ranks(comm: MPI.Comm)
 @serial
 @pytest.mark.parametrize(("config", "message"), [
     (Config(sync=Sync(kind="local_sgd")), r"--sync\.kind local_sgd is for CPUs"),
-    (Config(sync=Sync(compress="int8")), r"--sync\.compress int8 is for CPUs"),
+    (Config(sync=Sync(compress="onebit")), r"--sync\.compress onebit is for CPUs.*bf16 or int8"),
     (Config(parallel=Parallel(tp=2)), r"--parallel\.tp 2 is for CPUs"),
 ])
 def test_what_is_for_cpus_is_refused_on_gpus(config: Config, message: str) -> None:

@@ -10,7 +10,8 @@ It is there to make mistakes show that a GPU would forgive most of the time. Its
 reads whatever is there at that moment. So whoever forgets an event, or to settle before MPI, computes wrong numbers.
 
 Args of Late: `seed` of the delays; `immediate`: threads that are on no stream of their own work at once, as torch does
-on a CPU, and wait themselves where they follow an event.
+on a CPU, and wait themselves where they follow an event; `prompt`: everything works at once, and only arrays are not
+NumPy's.
 """
 
 from __future__ import annotations
@@ -89,10 +90,11 @@ class Late(Device):
 
     torch = "cpu"
 
-    def __init__(self, seed: int = 0, *, immediate: bool = False) -> None:
+    def __init__(self, seed: int = 0, *, immediate: bool = False, prompt: bool = False) -> None:
         self.array = LateArray
-        self.streams = {name: Stream(seed + number, name) for number, name in enumerate(STREAMS)}
-        self.default = Now() if immediate else Stream(seed + len(STREAMS), "compute")
+        self.streams: dict[str, Any] = {name: Now() if prompt else Stream(seed + number, name)
+                                        for number, name in enumerate(STREAMS)}
+        self.default = Now() if immediate or prompt else Stream(seed + len(STREAMS), "compute")
         self.local = threading.local()
         weakref.finalize(self, _end, [*self.streams.values(), self.default])
 

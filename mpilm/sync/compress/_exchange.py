@@ -19,7 +19,10 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpilm.comm import order, p2p
+from mpilm import bridge
+from mpilm.comm import order
+from mpilm.comm.devices import Array
+from mpilm.comm.transport import ON_HOST, Transport
 
 if TYPE_CHECKING:
     from mpilm.sync.compress._base import Codec
@@ -33,25 +36,26 @@ class Exchange:
 
     Args:
         comm: Used by nobody else while a sum is under way. Every method is collective over it.
+        transport: Of the device whose buffers are summed.
     """
 
-    def __init__(self, codec: Codec, comm: MPI.Comm, count: int) -> None:
-        self.codec, self.comm = codec, comm
+    def __init__(self, codec: Codec, comm: MPI.Comm, count: int, transport: Transport = ON_HOST) -> None:
+        self.codec, self.comm, self.transport = codec, comm, transport
         self.cut = order.segments(count, comm.size)
         self.mine = self.cut[comm.rank]
         self.steps = order.tree(comm.size)
-        self.lost = torch.zeros(count)
-        self.lost_in_sum = torch.zeros(self.mine.stop - self.mine.start)
+        self.lost = torch.zeros(count, device=transport.device.torch)
+        self.lost_in_sum = torch.zeros_like(self.lost[self.mine])
         self._out = [self._room(piece) for piece in self.cut]
         self._in = [self._room(self.mine) for _ in self.cut]
         self._parts = [torch.empty_like(self.lost_in_sum) for _ in self.cut]
 
-    def _room(self, piece: slice) -> np.ndarray:
-        return np.empty(self.codec.size(piece.stop - piece.start), np.uint8)
+    def _room(self, piece: slice) -> Array:
+        return self.transport.device.empty(self.codec.size(piece.stop - piece.start), np.uint8)
 
-    def reduce(self, buffer: np.ndarray) -> None:
+    def reduce(self, buffer: Array) -> None:
         """Replace `buffer` by the sum over all ranks, as far as the code can tell it; the same bits on every rank."""
-        values = torch.from_numpy(buffer)
+        values = bridge.tensor(buffer, torch.float32)
         for piece, data in zip(self.cut, self._out, strict=True):
             self.codec.squeeze(values[piece], self.lost[piece], data)
         self._swap(self._out, self._in)
@@ -67,9 +71,9 @@ class Exchange:
         if not torch.isfinite(values.sum()):
             self._forget()
 
-    def _swap(self, outgoing: list[np.ndarray], incoming: list[np.ndarray]) -> None:
+    def _swap(self, outgoing: list[Array], incoming: list[Array]) -> None:
         """Message number r of `outgoing` goes to rank r, and what it sent to me into `incoming`[r]."""
-        rank, ledger = self.comm.rank, p2p.Ledger()
+        rank, ledger = self.comm.rank, self.transport.ledger()
         for step in range(1, self.comm.size):
             other = (rank - step) % self.comm.size
             for part in _messages(incoming[other]):
@@ -89,5 +93,5 @@ class Exchange:
         self.lost_in_sum.zero_()
 
 
-def _messages(data: np.ndarray) -> list[np.ndarray]:
+def _messages(data: Array) -> list[Array]:
     return [data[start:start + LARGEST] for start in range(0, data.size, LARGEST)]

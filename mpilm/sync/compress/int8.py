@@ -8,6 +8,8 @@ largest value beside it (block-wise quantization, arXiv 2110.02861).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ LEVELS = 127
 
 class Int8(Codec):
     """1 byte a value and 4 for every 256."""
+
+    on_gpus: ClassVar[bool] = True
 
     def chunk_size(self, count: int) -> int:
         """As Codec."""
