@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -13,11 +13,12 @@ import torch
 from mpi4py import MPI
 
 from mpilm import arithmetic, assemble
+from mpilm.arithmetic import Arithmetic
 from mpilm.bench._contenders import Case, _llama, _ours
 from mpilm.comm.transport import Transport
 from mpilm.config import Auto, Config, Run, Sync
 from mpilm.launch import World
-from mpilm.model import count, precision
+from mpilm.model import count
 
 Emit = Callable[[str, str, float, str], None]
 DATA_SHEET_TFLOPS = 989.0   # H100 and H200, bf16, dense
@@ -55,9 +56,12 @@ def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: in
         peer: Also measure the peer, which is one process, so with one rank only.
     """
     work = CASES[name]
-    contenders = {"mpilm": _ours_step(world, transport, work, reproducible=False)}
+    config = _config(work, world.size, reproducible=False)
+    shape = assemble.shape_of(config, work.case.vocab_size)
+    decision, peak = arithmetic.decide(config, world, shape, {}, transport.device)
+    contenders = {"mpilm": _ours_step(world, transport, work, decision)}
     if reproducible:
-        contenders["mpilm-reproducible"] = _ours_step(world, transport, work, reproducible=True)
+        contenders["mpilm-reproducible"] = _ours_step(world, transport, work, replace(decision, reproducible=True))
     if peer and world.size == 1:
         contenders["llama-compile"] = _peer_step(work, transport.device.torch)
     for step in contenders.values():
@@ -67,14 +71,12 @@ def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: in
     for _ in range(rounds):
         for who, step in contenders.items():
             seconds[who].append(_timed(world.comm, step, steps, transport))
-    _tell(world, emit, transport, work, {who: median(seen) for who, seen in seconds.items()})
+    _tell(emit, work.case, count.flops_per_token(shape, work.case.sequence_length), peak,
+          {who: median(seen) for who, seen in seconds.items()})
 
 
-def _tell(world: World, emit: Emit, transport: Transport, work: Work, seconds: dict[str, float]) -> None:
-    case = work.case
-    shape = assemble.shape_of(_config(work, world.size, reproducible=False), case.vocab_size)
-    flops = count.flops_per_token(shape, case.sequence_length)
-    peak = precision.measure(device=transport.device.torch)["bf16"]
+def _tell(emit: Emit, case: Case, flops: int, peak: float, seconds: dict[str, float]) -> None:
+    """Tokens/s of all ranks, and what share of the limit that is: `peak` FLOP/s, and the data sheet's."""
     emit(case.name, "matmul peak", peak / 1e12, "TFLOP/s")
     for who, value in seconds.items():
         speed = case.tokens / value
@@ -90,15 +92,14 @@ def _config(work: Work, size: int, *, reproducible: bool) -> Config:
                                sync=Sync(bucket_mib=64.0))
 
 
-def _ours_step(world: World, transport: Transport, work: Work, *, reproducible: bool) -> Callable[[], float]:
-    config = _config(work, world.size, reproducible=reproducible)
+def _ours_step(world: World, transport: Transport, work: Work, decision: Arithmetic) -> Callable[[], float]:
+    config = _config(work, world.size, reproducible=decision.reproducible)
     shape = assemble.shape_of(config, work.case.vocab_size)
-    decision, _ = arithmetic.decide(config, world, shape, {}, transport.device)
     core, batches = _ours.begun(assemble.build(config, world, shape, decision, transport=transport), config, work.case)
 
     def step() -> float:
         if transport.device.torch != "cpu":
-            torch.use_deterministic_algorithms(reproducible)
+            torch.use_deterministic_algorithms(decision.reproducible)
         return _ours.step(core, batches)
     return step
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import pytest
 from mpi4py import MPI
@@ -36,9 +37,15 @@ def transport(place: str, comm: MPI.Comm) -> Transport:
     device = DEVICES[where](comm)
     if how == "staged":
         return Staged(device, piece_bytes=SMALL_PIECES if where == "late" else 0)
-    if where == "gpu" and not aware.answer(device, comm).usable:
+    if where == "gpu" and not _usable(device.torch, comm.size):
         pytest.skip("this MPI can't be given a GPU's memory")
     return MENU[how or "device"](device)
+
+
+@cache
+def _usable(name: str, size: int) -> bool:
+    """What MPI takes, found out once: every test is of the same ranks."""
+    return aware.answer(gpu(MPI.COMM_WORLD), MPI.COMM_WORLD).usable
 
 
 def gpu(comm: MPI.Comm) -> Device:
