@@ -14,7 +14,7 @@ from mpi4py import MPI
 from mpilm import assemble, device, placement
 from mpilm.comm import aware
 from mpilm.comm.devices import HOST
-from mpilm.comm.transport import Direct, Staged
+from mpilm.comm.transport import Direct, Staged, Transport
 from mpilm.config import Config, Parallel, Run, Sync
 from mpilm.launch import session
 from mpilm.log import UserError
@@ -27,11 +27,11 @@ serial = pytest.mark.serial
 WAYS = {"allreduce": configuration, "level 1": lambda name: sharded(name, 1)}
 
 
-def on(late: Late, config: Config, how: type[Direct] | type[Staged], precision: str) -> tuple[list, list, dict]:
-    """Three steps over all ranks, with buckets on a late device: losses, norms, parameters."""
+def on(transport: Transport, config: Config, precision: str = "fp32") -> tuple[list, list, dict]:
+    """Three steps over all ranks, with buckets on another device: losses, norms, parameters."""
     with session() as world:
         shape = assemble.shape_of(config, VOCAB)
-        core = assemble.build(config, world, shape, arithmetic(config, precision), transport=how(late))
+        core = assemble.build(config, world, shape, arithmetic(config, precision), transport=transport)
         assemble.restore(core, shape, config, None)
         found = course(core, config)
         core.sync.runs(core.mesh.replicas.rank, core.mesh.replicas.size)
@@ -52,7 +52,7 @@ def test_three_steps_have_the_bits_of_a_host(way: str, name: str, how: type, com
     config = WAYS[way](name)
     for precision in ("fp32", "bf16"):
         expected = alone(configuration(), precision=precision)
-        found = on(Late(comm.rank, immediate=True), config, how, precision)
+        found = on(how(Late(comm.rank, immediate=True)), config, precision)
         everywhere(comm, same(found, expected), f"{precision}: {found[:2]}, not {expected[:2]}")
 
 
@@ -62,7 +62,7 @@ def test_a_step_that_does_not_follow_its_thread_shows(way: str, comm: MPI.Comm) 
     late = Late(comm.rank, immediate=True)
     late.follow = lambda event: None
     expected = alone(configuration())
-    wrong = not same(on(late, WAYS[way]("shared"), Direct, "fp32"), expected)
+    wrong = not same(on(Direct(late), WAYS[way]("shared")), expected)
     assert any(comm.allgather(wrong)), "the bits are right for all that"
 
 
@@ -72,8 +72,19 @@ def test_arrays_need_not_be_numpys(way: str, compress: str, how: type, comm: MPI
     """What a late device cannot play, because torch works on its memory in the communication thread too."""
     config = sharded("ring", 2, reproducible=False) if way == "level 2" else configuration("ring", reproducible=False)
     config.sync.compress = compress
-    found = on(Late(prompt=True), config, how, "fp32")
+    found = on(how(Late(prompt=True)), config)
     everywhere(comm, same(found, parallel(config)), f"{found[:2]}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("schedule", ["1f1b", "zb"])
+def test_stages_send_through_the_host(schedule: str, comm: MPI.Comm) -> None:
+    """In pieces of a few rows; torch works on a host's memory here, so it is a host's that is staged."""
+    if comm.size % 2:
+        pytest.skip("a rank is left over")
+    staged = Staged(HOST, piece_bytes=1024)
+    found = on(staged, configuration("shared", pp=2, schedule=schedule), "bf16")
+    everywhere(comm, same(alone(configuration(), precision="bf16"), found), f"{found[:2]}")
 
 
 @pytest.mark.ranks(min=2)

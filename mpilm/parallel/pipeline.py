@@ -53,13 +53,14 @@ class Pipeline:
             share each sequence, because every one of them has the mean loss of its own tokens.
         dtype: Of activations.
         transport: Of the device that the chunks are on.
+        device: That device, for torch, where nothing is sent; else the transport's.
     """
 
     def __init__(self, chunks: Sequence[Chunk], slots: Slots, comm: MPI.Comm, schedule: Schedule, *, num_slots: int,
-                 dtype: torch.dtype, transport: Transport = ON_HOST) -> None:
+                 dtype: torch.dtype, transport: Transport = ON_HOST, device: str = "") -> None:
         self.chunks, self.slots, self.comm, self.schedule, self.num_slots = chunks, slots, comm, schedule, num_slots
         self.stages = comm.size * len(chunks)
-        self.device = transport.device.torch
+        self.device = device or transport.device.torch
         self.messages = Messages(comm, dtype, transport)
         self.deferred = [Deferred(chunk, chunk.linear_rows()) for chunk in chunks] if schedule.split else []
         self.names = [{name for name, _ in chunk.named_parameters()} for chunk in chunks]
@@ -181,8 +182,9 @@ class Pipeline:
 
 def alone(model: GPT) -> Pipeline:
     """A pipeline of one stage that only evaluates."""
-    return Pipeline([model], _Nobody(), MPI.COMM_SELF, schedules.get("1f1b"), num_slots=1,
-                    dtype=next(model.parameters()).dtype)
+    one = next(model.parameters())
+    return Pipeline([model], _Nobody(), MPI.COMM_SELF, schedules.get("1f1b"), num_slots=1, dtype=one.dtype,
+                    device=str(one.device))
 
 
 class _Nobody:
