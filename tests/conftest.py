@@ -86,6 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _fits(item: pytest.Item) -> bool:
     wanted = item.get_closest_marker("ranks")
+    assert wanted is None or not wanted.args, f"{item.nodeid}: write ranks(min=..., max=...)"
     limits = wanted.kwargs if wanted else {}
     most = 1 if item.get_closest_marker("serial") else limits.get("max", WORLD.size)
     return limits.get("min", 1) <= WORLD.size <= most

@@ -57,7 +57,7 @@ def gpu(parser: argparse.ArgumentParser) -> None:
 def slow(parser: argparse.ArgumentParser) -> None:
     """Of `bench/slow.py`."""
     _runs(parser, _replicas.SLOW)
-    parser.add_argument("--steps", type=_positive, default=128, help="of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=160, help="of each run (default: %(default)s)")
     parser.add_argument("--rounds", type=_positive, default=3, help="turns of every run (default: %(default)s)")
     parser.add_argument("--mbit_s", type=_positive, default=100, help="of the network (default: %(default)s)")
     parser.add_argument("--latency_ms", type=_positive, default=1, help="of the network (default: %(default)s)")

@@ -4,9 +4,9 @@
     mpirun -np 2 python -m mpilm.bench slow --mbit_s 1000 --who allreduce-topk,local_sgd
 
 Runs of the built-in corpus (`_replicas.py` says which) take turns: each trains some steps over a line of `--mbit_s` and
-`--latency_ms` out of every rank (comm/network.py); those that average every 32 steps, so many at a turn. Then each goes
-on to its last step, over the machine's own memory, since what is learned does not depend on the line, and is
-validated. Values are medians over the turns.
+`--latency_ms` out of every rank (comm/network.py); those that average every 32 steps, so many at a turn. The first
+turn, in which they get to know the line, does not count. Then each goes on to its last step, over the machine's own memory,
+since what is learned does not depend on the line, and is validated. Values are medians over the turns.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def run(comm: MPI.Comm, emit: Emit, *, who: str, steps: int, rounds: int, mbit_s
         runs = {name: _trainer(stack, config, comm) for name, config in configs.items()}
         warm_up(runs, steps)
         with emulated(Line(mbit_s, latency_ms)):
+            take_turns(comm, runs, configs, 1)
             speeds, sent = take_turns(comm, runs, configs, rounds)
         for name, values in speeds.items():
             emit(f"{mbit_s} Mbit/s", name, statistics.median(values), "tokens/s")
@@ -72,9 +73,10 @@ def run(comm: MPI.Comm, emit: Emit, *, who: str, steps: int, rounds: int, mbit_s
 
 
 def _require(steps: int, rounds: int) -> None:
-    least = (steps // 8 // EVERY + 1 + rounds) * EVERY
+    least = (steps // 8 // EVERY + 2 + rounds) * EVERY
     if steps < least:
-        raise UserError(f"--steps {steps}: {rounds} turns of {EVERY} steps after the warm-up take {least} at least.")
+        raise UserError(f"--steps {steps}: {rounds} turns of {EVERY} steps after the warm-up and a turn that does not "
+                        f"count take {least} at least.")
 
 
 def _trainer(stack: ExitStack, config: Config, comm: MPI.Comm) -> Trainer:

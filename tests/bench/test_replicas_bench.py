@@ -56,20 +56,20 @@ def test_quality_has_a_line_for_all(comm, data):
 def test_slow_has_figures_for_all(comm, data):
     """Over a line that is fast."""
     figures = []
-    slow.run(comm, lambda *figure: figures.append(figure), who="allreduce-topk,local_sgd", steps=64, rounds=1,
+    slow.run(comm, lambda *figure: figures.append(figure), who="allreduce-topk,local_sgd", steps=96, rounds=1,
              mbit_s=10_000, latency_ms=1)
     assert {(case, who, unit) for case, who, _, unit in figures} == {
         (case, who, unit) for who in ("allreduce", "allreduce-topk", "local_sgd") for case, unit in
-        (("10000 Mbit/s", "tokens/s"), ("sent", "MiB a step"), ("after 4,096 tokens", "nats a token"))}
+        (("10000 Mbit/s", "tokens/s"), ("sent", "MiB a step"), ("after 6,144 tokens", "nats a token"))}
     assert all(value > 0 for *_, value, _ in figures)
 
 
 @pytest.mark.serial
 @pytest.mark.parametrize(("given", "words"), [
-    ({"who": "server"}, "bench quality"), ({"who": "hope"}, "there are allreduce"), ({"steps": 64, "rounds": 3}, "128"),
+    ({"who": "server"}, "bench quality"), ({"who": "hope"}, "there are allreduce"), ({"steps": 64, "rounds": 3}, "160"),
 ])
 def test_what_cannot_be_compared_is_refused(given, words, comm):
     """With what would do."""
-    default = {"who": "local_sgd", "steps": 128, "rounds": 3, "mbit_s": 100, "latency_ms": 1}
+    default = {"who": "local_sgd", "steps": 160, "rounds": 3, "mbit_s": 100, "latency_ms": 1}
     with pytest.raises(UserError, match=words):
         slow.run(comm, lambda *_: None, **default | given)

@@ -20,6 +20,7 @@ from mpilm.log import UserError
 from mpilm.sync import compress
 from mpilm.sync._layout import Parameter, lay_out
 from mpilm.sync.compress._exchange import Exchange
+from mpilm.sync.compress._parcels import HEAD
 from tests.helpers import everywhere, same_everywhere
 from tests.training_cases import LENGTH, VOCAB, configuration, windows
 
@@ -109,6 +110,22 @@ def test_topk_sends_the_largest():
 
 
 @pytest.mark.serial
+def test_int8_leaves_for_later_what_is_small_beside_its_chunk():
+    """An embedding of which two rows were read: the others send nothing, and arrive once they have grown."""
+    codec, values = compress.get("int8")(), torch.full((1 << 16,), 1e-4)
+    values[:512] = 1.0
+    residual, data = torch.zeros(1 << 16), np.empty(codec.size(1 << 16), np.uint8)
+    arrived = torch.zeros(1 << 16)
+    for step in range(20):
+        mine = values.clone()
+        codec.squeeze(mine, residual, data)
+        assert step or not mine[512:].any()
+        arrived += mine
+    assert torch.allclose(arrived[512:], torch.tensor(20e-4), atol=1e-3)
+    assert torch.allclose(arrived + residual, 20 * values)
+
+
+@pytest.mark.serial
 def test_an_unknown_code_is_refused_with_those_there_are():
     """Also the name of the file behind `none`."""
     for wrong in ("float32", "zip", ""):
@@ -116,10 +133,11 @@ def test_an_unknown_code_is_refused_with_those_there_are():
             compress.get(wrong)
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 5, 70_001])
-def test_a_sum_over_ranks_is_exact_but_for_the_residuals(name, count, comm: MPI.Comm):
+def test_a_sum_over_ranks_is_exact_but_for_the_residuals(name, count, small, comm: MPI.Comm):
     """What all ranks were given is what came out and what all residuals hold; every rank has the same bits."""
-    exchange = Exchange(compress.get(name)(), comm, count)
+    exchange = Exchange(compress.get(name)(), comm, count, small=small)
     given_, out = np.zeros(count), np.zeros(count)
     for step in range(3):
         buffer = draw(count, 3, comm.rank, step).numpy()
@@ -180,12 +198,12 @@ def test_gaps_between_parameters_do_not_enter(name, comm: MPI.Comm):
 
 
 def test_the_bytes_sent_are_those_of_the_code(name, comm: MPI.Comm):
-    """Two times every other rank's share of the encoded buffer."""
+    """Two times every other rank's share of the encoded buffer, and what each message says of itself."""
     count = 1 << 18
-    exchange, before = Exchange(compress.get(name)(), comm, count), Traffic.sent
+    exchange, before = Exchange(compress.get(name)(), comm, count, small=False), Traffic.sent
     exchange.reduce(draw(count, 1, comm.rank).numpy())
     sent = Traffic.sent - before
-    sizes = [exchange.codec.size(piece.stop - piece.start) for piece in exchange.cut]
+    sizes = [HEAD + exchange.codec.size(piece.stop - piece.start) for piece in exchange.cut]
     mine = sizes[comm.rank]
     everywhere(comm, sent == sum(sizes) - mine + mine * (comm.size - 1), f"{sent}")
 

@@ -54,7 +54,7 @@ class Codec(Way):
     def over(self, collective: Collective, layout: Layout) -> Callable[[Array], None]:
         """As Way: encoded segments go to their owners, and encoded sums to everyone."""
         packed = Packed(layout.runs_in(slice(0, layout.count)), device=collective.device.torch)
-        exchange = Exchange(self, collective.comm, packed.count, collective.transport)
+        exchange = Exchange(self, collective.comm, packed.count, collective.device)
 
         def reduce(buffer: Array) -> None:
             flat = bridge.tensor(buffer, torch.float32)

@@ -1,7 +1,10 @@
 """Whole numbers from -127 to 127 times a scale for every block of 256 values: about 1 byte a value.
 
 The scale is the largest magnitude of the block over 127, so the error of a value is at most half a scale: 1/254 of the
-largest value beside it (block-wise quantization, arXiv 2110.02861).
+largest value beside it (block-wise quantization, arXiv 2110.02861). A block that has nothing above a 1,000th of the
+largest magnitude of its chunk is empty: with one scale for all that would be a quarter of a level. Error feedback sends
+it when it has grown. Of an embedding, few rows of which were read, that is most blocks, and zstd finds them
+(`_parcels.py`).
 
     chunk:   | scales, float32 | levels, int8 |
 """
@@ -17,6 +20,7 @@ from mpilm.sync.compress._base import Codec
 
 BLOCK = 256
 LEVELS = 127
+LEAST = 1e-3    # of the chunk's largest magnitude
 
 
 class Int8(Codec):
@@ -32,11 +36,13 @@ class Int8(Codec):
     def encode_chunk(self, values: Tensor, data: Tensor) -> None:
         """As Codec."""
         scales, levels = _split(data, values.numel())
-        for blocks, scale, level in _runs(values, scales, levels):
-            high = blocks.abs().amax(1)
-            torch.div(high, LEVELS, out=scale)
-            # An empty block has scale 0, and 0 x 1 is as good as 0 x infinity is bad.
-            inverse = high.reciprocal_().mul_(LEVELS).nan_to_num_(nan=torch.nan, posinf=1.0)
+        runs = _runs(values, scales, levels)
+        for blocks, scale, _ in runs:
+            torch.amax(blocks.abs(), 1, out=scale)
+        scales.mul_(scales >= LEAST * scales.max()).div_(LEVELS)
+        for blocks, scale, level in runs:
+            # An empty block has scale 0, and 0 x 0 is as good as 0 x infinity is bad.
+            inverse = scale.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
             level.copy_(torch.mul(blocks, inverse[:, None]).round_())
 
     def decode_chunk(self, data: Tensor, values: Tensor) -> None:
