@@ -5,8 +5,8 @@
 
 Runs of the built-in corpus (`_replicas.py` says which) take turns: each trains some steps over a line of `--mbit_s` and
 `--latency_ms` out of every rank (comm/network.py); those that average every 32 steps, so many at a turn. The first
-turn, in which they get to know the line, does not count. Then each goes on to its last step, over the machine's own memory,
-since what is learned does not depend on the line, and is validated. Values are medians over the turns.
+turn, in which they get to know the line, does not count. Then each goes on to its last step, over the machine's own
+memory, since what is learned does not depend on the line, and is validated. Values are medians over the turns.
 """
 
 from __future__ import annotations
