@@ -1,36 +1,41 @@
 """Which precision this machine multiplies fastest in: measured, because flags of a CPU say little about its speed.
 
-    speeds = measure()                     # {"bf16": 1.1e12, "fp32": 1.6e11} FLOP/s of the calling process's threads
+    speeds = measure(DTYPES)               # {"bf16": 1.1e12, "fp32": 1.6e11} FLOP/s of the calling process's threads
     best(speeds)                           # "bf16"
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZE = 1024             # large enough for the matrix units, small enough for 10 ms a product in float32
-GPU_SIZE = 8192         # of a GPU; 2 ms a product in bf16
+SIZES = (128, 256, 512, 1024)   # the last: large enough for the matrix units, small enough for 10 ms in float32
 ROUNDS = 5
 WORTH = 1.2             # bf16 must be so much faster to give up the bits of float32
+HOPELESS = 4.0          # times slower than another at one size, and the next one is not tried
 
 
-def measure(*, size: int = 0, rounds: int = ROUNDS, device: str = "cpu") -> dict[str, float]:
+def measure(names: Iterable[str], *, sizes: Sequence[int] = SIZES, rounds: int = ROUNDS) -> dict[str, float]:
     """FLOP/s of a square product in each precision: the best of a few interleaved rounds, about 0.2 s.
 
-    Args:
-        size: 0: SIZE, or GPU_SIZE.
-        device: Where it is measured, a torch device.
+    A processor without units for bf16 takes seconds for a large product, so sizes grow, and what is hopeless at one of
+    them keeps the speed it had there.
     """
-    size = size or (SIZE if device == "cpu" else GPU_SIZE)
-    # Not ones: a GPU that flips few bits runs faster than it will with anybody's weights.
-    make = torch.ones if device == "cpu" else torch.randn
-    operands = {name: make(size, size, dtype=dtype, device=device) for name, dtype in DTYPES.items()}
-    seconds = {name: float("inf") for name in DTYPES}
+    speeds = dict.fromkeys(names, 0.0)
+    for size in sizes:
+        best = max(speeds.values(), default=0.0)
+        chosen = [name for name, speed in speeds.items() if speed * HOPELESS >= best]
+        speeds.update(_speeds(chosen, size, rounds))
+    return speeds
+
+
+def _speeds(names: Iterable[str], size: int, rounds: int) -> dict[str, float]:
+    operands = {name: torch.ones(size, size, dtype=DTYPES[name]) for name in names}
+    seconds = dict.fromkeys(operands, float("inf"))
     for _ in range(rounds):
         for name, a in operands.items():
             seconds[name] = min(seconds[name], _time(a))
@@ -48,13 +53,6 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _time(a: Tensor) -> float:
-    _finish(a)
     start = time.perf_counter()
     a @ a
-    _finish(a)
     return time.perf_counter() - start
-
-
-def _finish(a: Tensor) -> None:
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
