@@ -38,7 +38,7 @@ def transport(config: Config, world: World) -> Transport:
                  "version of CUDA or ROCm. With --run.device host this is not said.")
         return ON_HOST
     check(config)
-    device = devices.get(kind)(int(index))
+    device = _agreed(world, kind, int(index))
     torch.cuda.set_device(int(index))
     sharers = _sharers(config, world, device.uuid)
     if sharers > 1:
@@ -47,6 +47,18 @@ def transport(config: Config, world: World) -> Transport:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False     # type: ignore[attr-defined]
     return MENU[_way(config, world, device)](device)
+
+
+def _agreed(world: World, kind: str, index: int) -> Device:
+    """The device, on all ranks or on none. Collective over `world.comm`."""
+    found: list[Device] = []
+    problem = None
+    try:
+        found.append(devices.get(kind)(index))
+    except UserError as error:
+        problem = error
+    agree(world.comm, problem)
+    return found[0]
 
 
 def memory(world: World, device: Device) -> int:

@@ -125,10 +125,6 @@ class Device(ABC):
     def title(self) -> str:
         """Its name, for a person."""
 
-    def settings(self) -> dict[str, str]:
-        """Versions of driver and libraries, for a report."""
-        return {}
-
     def local_sum(self, leaves: Sequence[range], *, first: int, size: int, mine: int) -> NodeSum:
         """As LocalSum, which serves wherever NumPy's functions take the arrays."""
         return LocalSum(leaves, first=first, size=size, mine=mine, zeros=self.zeros, grain=self.grain)

@@ -1,4 +1,4 @@
-"""A GPU: CuPy arrays. The only file of the program that calls CUDA; with a CuPy for ROCm the same calls are HIP's.
+"""A GPU: CuPy arrays. Whatever of CUDA is called of them is called here; with a CuPy for ROCm the same calls are HIP's.
 
 Long-lived arrays are allocations of their own by cudaMalloc: what comes from a pool, or from torch's expandable
 segments, other processes could not open. NumPy's functions that are given CuPy's arrays call CuPy's.
@@ -151,11 +151,6 @@ class Cuda(Device):
         properties: dict[str, Any] = self._runtime.getDeviceProperties(self.index)
         return properties
 
-    def settings(self) -> dict[str, str]:
-        """As Device."""
-        return {"driver": str(self._runtime.driverGetVersion()), "runtime": str(self._runtime.runtimeGetVersion()),
-                "cupy": str(self.cupy.__version__)}
-
     def local_sum(self, leaves: Sequence[range], *, first: int, size: int, mine: int) -> NodeSum:
         """As Device: one kernel."""
         return FusedSum(self, leaves, first=first, size=size, mine=mine)
@@ -207,7 +202,7 @@ class FusedSum:
     def sum(self, parts: Sequence[Array], chunk: slice, *, spread: bool = False) -> None:
         """As NodeSum."""
         count = chunk.stop - chunk.start
-        if count <= 0:
+        if count <= 0 or self.size == 1:    # one part is its own sum
             return
         values = [part[chunk] for part in parts]
         itemsize = parts[0].itemsize
