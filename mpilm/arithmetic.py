@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from mpilm.comm.devices import HOST, Device
 from mpilm.config import Config
 from mpilm.launch import World
 from mpilm.log import UserError, warn
@@ -50,11 +51,13 @@ class Arithmetic:
         return asdict(self)
 
 
-def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, Any]) -> tuple[Arithmetic, float]:
+def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, Any],
+           device: Device = HOST) -> tuple[Arithmetic, float]:
     """Settle what is "auto", set torch's threads, and measure the peak. Collective over `world.comm`.
 
     Args:
         recorded: What the checkpoint says that is resumed from; empty for a new run.
+        device: What is computed on.
 
     Returns:
         The decision and the matmul peak of all ranks together, FLOP/s.
@@ -66,10 +69,10 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
     torch.set_num_threads(threads)
     given = recorded.get("precision") if config.run.precision == "auto" else config.run.precision
     given = world.comm.bcast(given)
-    speeds = precision.measure([given] if given else precision.DTYPES)
+    speeds = precision.measure([given] if given else precision.DTYPES, device=device.torch)
     chosen = world.comm.bcast(given or precision.best(speeds))
     decision = Arithmetic(chosen, _compiles(config, world, shape, recorded), threads, config.data.micro_batch_size,
-                          config.run.reproducible, cpu_model(), torch.__version__)
+                          config.run.reproducible, cpu_model() if device is HOST else device.title, torch.__version__)
     _warn_of_changes(decision, recorded)
     _warn_of_mixed_machines(decision, world)
     return decision, world.comm.allreduce(speeds[chosen])

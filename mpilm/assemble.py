@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpilm import arithmetic, connect, menu, resume, room, sync, ulfm
+from mpilm import arithmetic, connect, device, menu, resume, room, sync, ulfm
 from mpilm.arithmetic import Arithmetic
 from mpilm.asked import Asked
-from mpilm.checkpoint import Reader, Writer
+from mpilm.checkpoint import Reader
+from mpilm.comm.devices import HOST, Device
 from mpilm.comm.mesh import Mesh
 from mpilm.comm.roles import Roles
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.config import Config
 from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
@@ -35,7 +37,7 @@ from mpilm.optim import Update
 from mpilm.parallel import layout, schedules
 from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
-from mpilm.saver import Elsewhere, Holder, Saver
+from mpilm.saver import Elsewhere, Holder, Saver, writer
 from mpilm.server import Serving, meets
 from mpilm.state import Past, Read, TrainState, owed, start, values
 from mpilm.stop import Stop
@@ -84,19 +86,21 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
     dataset = open_split(config, "train")
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
-    room.check(shape, world)
+    transport = device.transport(config, world)
+    room.check(shape, world, device.memory(world, transport.device))
     reader = resume.find(config, world.comm, again=past is not None)
     past = past or Past()
     about_data = {"fingerprint": dataset.fingerprint}
     if reader is not None:
         resume.check(reader, shape=asdict(shape), data=about_data, config=config)
     resume.make_way(config, reader, world.comm)
-    decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else past.arithmetic)
+    decision, peak = arithmetic.decide(config, world, shape, reader.meta["arithmetic"] if reader else past.arithmetic,
+                                       transport.device)
     on_root(world.comm, lambda: write_bytes(Path(config.run.dir) / "config.toml", config.to_toml().encode()))
     about = {"shape": asdict(shape), "data": {**about_data, "tokenizer": dataset.tokenizer_hash},
              "config": config.to_dict(), "arithmetic": decision.to_dict(),
              "layout": layout.describe(config, world.size)}
-    roles = assign(config, world)
+    roles = assign(config, world, transport.device)
     stop = Stop(world.dup("stop"), asked or Asked(config.run))
     pulse = pulse or Pulse(config.run)
     where = pulse.where
@@ -106,7 +110,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
         server, update = serve(config, shape, decision, roles, state, values(Slices(shape), config.run.seed, reader))
         saver = _saver(config, world, roles.side, server, roles.side, Slices(shape), about, reader=reader)
         return Serving(config, state, server, update, saver, stop, where)
-    core = build(config, world, shape, decision, roles)
+    core = build(config, world, shape, decision, roles, transport)
     where.part, where.passes = core.mesh.parts.rank, lambda: core.pipeline.played
     state, due = restore(core, shape, config, reader), owed(reader)
     return Trainer(
@@ -146,14 +150,14 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
                  tied_embeddings=model.tied_embeddings, rope_theta=model.rope_theta, norm_eps=model.norm_eps)
 
 
-def assign(config: Config, world: World) -> Roles:
-    """Who serves and who works. Collective over `world.comm`.
+def assign(config: Config, world: World, device: Device = HOST) -> Roles:
+    """Who serves and who works, on which device. Collective over `world.comm`.
 
     Raises:
         UserError: There is nobody to work.
     """
     layout.require_workers(config, world.size)
-    return world.owns(Roles.build(world.comm, servers=layout.num_servers(config)))
+    return world.owns(Roles.build(world.comm, servers=layout.num_servers(config), device=device))
 
 
 def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, state: TrainState,
@@ -174,11 +178,13 @@ def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, stat
     return server, update
 
 
-def build(config: Config, world: World, shape: Shape, decision: Arithmetic, roles: Roles | None = None) -> Core:
+def build(config: Config, world: World, shape: Shape, decision: Arithmetic, roles: Roles | None = None,
+          transport: Transport = ON_HOST) -> Core:
     """Parts of the model and synchronizer, with memory but without values yet. Collective over those who work.
 
     Args:
         roles: As `assign` gave them; None: that is done here, and nobody serves.
+        transport: Of the device that the model is on.
 
     Raises:
         UserError: The layout is impossible; the message names those that would work.
@@ -186,7 +192,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     if config.model.kind != "gpt":
         raise UserError(f"--model.kind {config.model.kind}: this version has gpt.")
     layout.check(config, shape, world.size)
-    roles = roles or assign(config, world)
+    roles = roles or assign(config, world, transport.device)
     parallel = config.parallel
     pp, cp, tp = parallel.pp, parallel.cp, parallel.tp
     mesh = world.owns(Mesh.build(roles.side, dp=roles.workers // (pp * cp * tp), pp=pp, cp=cp, tp=tp))
@@ -200,26 +206,28 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
              for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     update = Update(config.optim, config.run.steps)
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype,
-                               roles=roles)
+                               roles=roles, transport=transport)
     for part in parts:
         part.recompute, part.around = parallel.recompute, synchronizer.around
     if decision.compile:
         for part in parts:
             part.compile_parts()
     stages = Pipeline(parts, synchronizer, mesh.pp, schedules.get(parallel.schedule),
-                      num_slots=sum(map(len, runs)) * cp, dtype=decision.dtype)
+                      num_slots=sum(map(len, runs)) * cp, dtype=decision.dtype, transport=transport)
     return Core(mesh, slots, parts, synchronizer, stages, Losses(together, runs, mesh.pp), update)
 
 
 def synchronize(config: Config, world: World, mesh: Mesh, parameters: dict[str, torch.nn.Parameter], update: Update, *,
-                num_slots: int, dtype: torch.dtype, roles: Roles | None = None) -> Synchronizer[Any]:
+                num_slots: int, dtype: torch.dtype, roles: Roles | None = None,
+                transport: Transport = ON_HOST) -> Synchronizer[Any]:
     """The configured synchronizer, which takes over the memory of `parameters`. Collective over the mesh."""
     kind = sync.get(config.sync.kind)
     matrices = _matrices(parameters)
     repeated = set(parameters) - matrices if mesh.tp.rank else set()    # vectors are whole on every rank of a team
-    by = roles if roles and roles.servers else connect.collective(config, world, mesh, parameters.values())
+    by = roles if roles and roles.servers else connect.collective(config, world, mesh, parameters.values(),
+                                                                           transport)
     synchronizer: Synchronizer[Any] = kind(
-        parameters, matrices, by, mesh.parts, connect.worker(world, mesh), update=update,
+        parameters, matrices, by, mesh.parts, connect.worker(world, mesh, transport.device), update=update,
         compress=compressed(config.sync, update), num_slots=num_slots, dtype=dtype, bucket_mib=config.sync.bucket_mib,
         reproducible=config.run.reproducible, repeated=repeated, **menu.options(kind, config.sync))
     return world.owns(synchronizer)
@@ -263,8 +271,7 @@ def _validation(config: Config, core: Core) -> Validation | None:
 
 def validation(config: Config, stages: Pipeline, comm: Any, *, share: int = 1,
                averaged: Callable[[], AbstractContextManager[None]] = nullcontext) -> Validation:
-    """The configured validation, over the pipelines that `comm` connects; `share` of them have parts of one sequence.
-    """
+    """The configured validation, over the pipelines that `comm` connects; `share` of them share a sequence."""
     data = config.data
     return Validation(open_split(config, "validation"), stages, comm, sequences=config.log.validation_sequences,
                       sequence_length=data.sequence_length, micro_batch_size=data.micro_batch_size,
@@ -280,9 +287,8 @@ def _metrics(config: Config, comm: MPI.Comm, *, step: int) -> Metrics:
 def _saver(config: Config, world: World, everyone: MPI.Comm, holds: Holder, sharing: MPI.Comm, slices: Slices,
            about: dict[str, Any], *, reader: Reader | None) -> Saver:
     """Of `everyone` who has something to save, those of `sharing` have the same tensors."""
-    writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("checkpoint", everyone),
-                    keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    return Saver(writer, holds, slices, sharing, config.checkpoint, about=about, reader=reader)
+    return Saver(writer(config, world.dup("checkpoint", everyone)), holds, slices, sharing, config.checkpoint,
+                 about=about, reader=reader)
 
 
 def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:

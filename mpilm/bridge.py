@@ -1,10 +1,14 @@
 """The single place where torch memory is seen as an array, and an array as a tensor.
 
 Nothing is copied: both names point at the same bytes. NumPy has no bfloat16, so bf16 memory
-is a uint16 array on that side and a bfloat16 tensor on this one.
+is a uint16 array on that side and a bfloat16 tensor on this one. A GPU's arrays are CuPy's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +27,26 @@ def array_dtype(dtype: torch.dtype) -> np.dtype:
     return np.dtype(_BITS[dtype])
 
 
-def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
     """A tensor of `dtype` over the memory of `array`, which keeps the array alive."""
-    return torch.from_numpy(array).view(dtype)
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(array).view(dtype)
+    return torch.from_dlpack(array).view(dtype)
 
 
-def array(tensor: torch.Tensor) -> np.ndarray:
-    """An array over the memory of a contiguous, detached CPU tensor."""
+def array(tensor: torch.Tensor) -> Any:
+    """An array over the memory of a contiguous, detached tensor: NumPy's of a CPU, CuPy's of a GPU."""
     bits = torch.int16 if tensor.dtype == torch.bfloat16 else tensor.dtype
-    return tensor.detach().view(bits).numpy()
+    values = tensor.detach().view(bits)
+    if values.device.type == "cpu":
+        return values.numpy()
+    import cupy
+
+    return cupy.from_dlpack(values)
+
+
+def on_stream(device: str, pointer: Callable[[], int]) -> AbstractContextManager[Any]:
+    """A block in which torch works, in this thread, on the stream that `pointer()` is CUDA's handle of."""
+    if device == "cpu":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.ExternalStream(pointer(), device=device))

@@ -37,6 +37,8 @@ class Run:
             after the steps for five times that), or a rank does not answer, for so long, from 1 up; 0: never.
         straggler: Name a rank whose own work takes so many times the median.
         max_skipped: End the run after so many steps in a row with a NaN or infinite gradient.
+        device: The file of mpilm/comm/devices: cuda (a GPU, AMD's too), or host; `auto` takes a GPU if there is one.
+        share_gpu: More ranks than GPUs are meant: ranks may have one together, and divide its memory.
     """
 
     dir: str = "runs/demo"
@@ -54,6 +56,8 @@ class Run:
     hang_timeout_s: float = 600.0
     straggler: float = 1.5
     max_skipped: int = 10
+    device: Literal["auto", "cuda", "host"] = "auto"
+    share_gpu: bool = False
 
 
 @dataclass
@@ -168,7 +172,7 @@ class Sync:
         staleness: Steps that a worker may be ahead of the slowest; 0: updates are of all workers; inf: no limit.
         staleness_rule: What a server does about gradients of old parameters: nothing, scale the learning rate by
             1 / staleness, or compensate for what has changed since.
-        collective: The file of mpilm/comm/collectives: ring, shared, tree, mpi; `auto` measures and picks.
+        collective: The file of mpilm/comm/collectives: ring, shared, tree, mpi, nccl; `auto` measures and picks.
         bucket_mib: Gradients are reduced in buckets of this size.
         compress: What gradients are sent as: `none`, or a file of mpilm/sync/compress: bf16, int8, onebit, powersgd,
             topk. Under local_sgd it is what the replicas' differences are sent as.
@@ -200,6 +204,18 @@ class Sync:
     outer_momentum: float = 0.0
     fragments: int = 0
     save_replicas: bool = True
+
+
+@dataclass
+class Comm:
+    """How arrays get from rank to rank.
+
+    Args:
+        transport: What MPI is given of a GPU's arrays: their own memory (`device`, for an MPI that knows GPUs), or
+            memory of the host that they are copied through (`staged`); `auto` asks MPI and tries.
+    """
+
+    transport: Literal["auto", "device", "staged"] = "auto"
 
 
 @dataclass
@@ -247,6 +263,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     parallel: Parallel = field(default_factory=Parallel)
     sync: Sync = field(default_factory=Sync)
+    comm: Comm = field(default_factory=Comm)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
 

@@ -8,12 +8,14 @@ from collections.abc import Iterable
 import torch
 from mpi4py import MPI
 
-from mpilm import room
+from mpilm import bridge, room
 from mpilm.arithmetic import Arithmetic
 from mpilm.comm import choose
 from mpilm.comm.collectives import Collective
+from mpilm.comm.devices import HOST, Device
 from mpilm.comm.mesh import Mesh
 from mpilm.comm.node import Node
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
 from mpilm.launch import World, agree
@@ -49,19 +51,26 @@ def split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arit
     return Team(world.owns(built[0]))
 
 
-def collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter]) -> Collective:
+def collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter],
+               transport: Transport = ON_HOST) -> Collective:
     """What sums gradients over the replicas. Collective over the mesh."""
     node = world.owns(Node.build(mesh.replicas))
+    never = ("nccl",) if mesh.pp.size > 1 and transport.direct and transport.device is not HOST else ()
+    if config.sync.collective in never:
+        raise UserError("--sync.collective nccl: stages give MPI the GPU's memory while gradients are summed, and the "
+                        "two may wait for each other for ever. Choose --sync.collective shared or ring (or auto), or "
+                        "type --comm.transport staged.")
     return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
                                    count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
-                                   shared_bytes=room.shared(mesh, node, parameters)))
+                                   shared_bytes=room.shared(mesh, node, parameters), transport=transport,
+                                   never=never))
 
 
-def worker(world: World, mesh: Mesh) -> Worker | Inline:
+def worker(world: World, mesh: Mesh, device: Device = HOST) -> Worker | Inline:
     """Sums run beside the backward pass where MPI may be called from a thread other than the one that started it, and
     from both at once where the backward pass sends messages too."""
     level = "MULTIPLE" if mesh.pp.size * mesh.cp.size * mesh.tp.size > 1 else "SERIALIZED"
     if world.thread_level >= getattr(MPI, f"THREAD_{level}"):
-        return Worker("communication")
+        return Worker("communication", device, lambda: bridge.on_stream(device.torch, device.pointer))
     warn(f"this MPI runs without MPI_THREAD_{level}: gradients are summed after the backward pass, not during it.")
     return Inline()

@@ -15,10 +15,11 @@ def main() -> None:
     parser.add_argument("path", help="run directory or checkpoint")
     parser.add_argument("--data.path", dest="data", default="", help="dataset; default: the one it was trained on")
     parser.add_argument("--sequences", type=int, default=10**9, help="at most so many; default: all")
+    parser.add_argument("--device", choices=("auto", "cuda", "host"), default="auto", help="as --run.device of a run")
     options = parser.parse_args()
     if options.sequences < 1:
         raise UserError(f"--sequences {options.sequences}: give a number from 1 up.")
-    with launch.session() as world:
+    with launch.session(device=options.device) as world:
         import torch
 
         from mpilm import assemble, resume
@@ -30,7 +31,7 @@ def main() -> None:
         config.data.path = options.data or config.data.path
         config.log.validation_sequences = options.sequences
         resume.require_tokenizer(reader, config.data.path)
-        validation = assemble.validation(config, pipeline.alone(assemble.trained(reader)), world.comm)
+        validation = assemble.validation(config, pipeline.alone(assemble.trained(reader, world.device)), world.comm)
         loss = validation.loss()
         say(f"{reader.path}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over "
             f"{validation.tokens:,} tokens")

@@ -144,7 +144,7 @@ def command(main: Callable[[], None]) -> None:
 
 
 @contextmanager
-def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterator[World]:
+def session(*, run_dir: str | Path | None = None, device: str = "host") -> Iterator[World]:
     """Start MPI, find this rank's place, and end the job together. Collective over all ranks.
 
     With a `run_dir`, rank 0 also writes what it says to log.txt there and prints the placement table. Inside a program
@@ -152,7 +152,7 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
 
     Args:
         run_dir: The run directory; made where it is missing.
-        gpus: Choose a GPU by local rank, where there is one.
+        device: Whether to choose a GPU by local rank, as `run.device`.
 
     Raises:
         SystemExit: With code 2 on every rank after a UserError.
@@ -172,7 +172,7 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
     startup.tune_malloc()
     startup.allow_open_files()
     launcher = placement.launcher(os.environ)
-    device = startup.choose_gpu((launcher and launcher.local_rank) or 0) if gpus else "cpu"
+    chosen = startup.choose_gpu((launcher and launcher.local_rank) or 0, device)
     with starting.within(launcher):
         startup.start_mpi(launcher)
         from mpi4py import MPI
@@ -185,7 +185,7 @@ def session(*, run_dir: str | Path | None = None, gpus: bool = False) -> Iterato
     try:
         with watch as guard:
             with starting.within(launcher):
-                world = _arrive(device, base, (base.root if base else MPI.COMM_WORLD).Dup(), guard)
+                world = _arrive(chosen, base, (base.root if base else MPI.COMM_WORLD).Dup(), guard)
                 greet(world, run_dir)
             yield world
     finally:  # whoever gets here leaves together with all other ranks

@@ -21,7 +21,8 @@ from mpilm.config import Optim
 from mpilm.flat import Flat
 from mpilm.log import UserError
 
-# Elements of one pass: the weights are rounded from masters still in the cache, and the calls cost nothing beside it.
+# Elements of one pass: the weights are rounded from masters still in the cache, and the calls cost nothing beside it. A
+# GPU has no such cache, and its calls cost something.
 CHUNK = 1 << 18
 
 
@@ -78,14 +79,19 @@ class Update:
 
     def apply(self, flat: Flat, scale: float) -> None:
         """One AdamW update of a run of flat memory; its gradients are used up."""
-        for start in range(0, flat.masters.numel(), CHUNK):
-            self._apply_chunk(flat, slice(start, start + CHUNK), scale)
+        length = CHUNK if flat.masters.device.type == "cpu" else max(1, flat.masters.numel())
+        for start in range(0, flat.masters.numel(), length):
+            self._apply_chunk(flat, slice(start, start + length), scale)
 
     def _apply_chunk(self, flat: Flat, part: slice, scale: float) -> None:
         masters = flat.masters[part]
+
+        def scalar(value: float) -> torch.Tensor:
+            return torch.full((), value, dtype=torch.float32, device=masters.device)    # nothing is waited for
+
         adamw([masters], [flat.gradients[part]], [flat.states[0][part]], [flat.states[1][part]], [],
-              [torch.tensor(float(self.applied - 1))], fused=True, amsgrad=False, maximize=False,
-              grad_scale=torch.tensor(1.0 / scale), lr=self.lr, beta1=self.optim.beta1, beta2=self.optim.beta2,
+              [scalar(self.applied - 1)], fused=True, amsgrad=False, maximize=False,
+              grad_scale=scalar(1.0 / scale), lr=self.lr, beta1=self.optim.beta1, beta2=self.optim.beta2,
               eps=self.optim.eps, weight_decay=self.optim.weight_decay if flat.decay else 0.0)
         if flat.weights.data_ptr() != flat.masters.data_ptr():
             flat.weights[part].copy_(masters)

@@ -83,6 +83,21 @@ def _first(environ: Mapping[str, str], *names: str) -> int | None:
     return None
 
 
+def mig(environ: Mapping[str, str], local_rank: int) -> str | None:
+    """Of several MIG instances, the one of this rank: a process can use one, and CUDA would take the first. None: the
+    environment names none, or one, or GPUs."""
+    named = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return named[local_rank % len(named)] if len(named) > 1 and named[0].startswith("MIG-") else None
+
+
+def doubled(uuids: Sequence[str]) -> dict[str, list[int]]:
+    """The devices that several ranks of a node have, each with these ranks' numbers on the node."""
+    ranks: dict[str, list[int]] = {}
+    for rank, uuid in enumerate(uuids):
+        ranks.setdefault(uuid, []).append(rank)
+    return {uuid: several for uuid, several in ranks.items() if uuid and len(several) > 1}
+
+
 def cores() -> list[int]:
     """Physical cores this process may run on, each named by its lowest logical CPU, in order."""
     return sorted({_first_sibling(cpu) for cpu in os.sched_getaffinity(0)})

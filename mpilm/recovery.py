@@ -21,12 +21,10 @@ import traceback
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from mpilm import assemble, resume
 from mpilm.asked import Asked
-from mpilm.checkpoint import Writer
 from mpilm.comm import p2p
 from mpilm.config import Config
 from mpilm.failure import GRACE_S, EndError, agree, as_mistake
@@ -34,7 +32,7 @@ from mpilm.heartbeat import PATIENT, Pulse
 from mpilm.launch import World
 from mpilm.log import UserError, counted, say, warn
 from mpilm.parallel import layout
-from mpilm.saver import Saver
+from mpilm.saver import Saver, writer
 from mpilm.server import Serving
 from mpilm.state import Past, describe
 from mpilm.stop import AGAIN, Relay
@@ -267,8 +265,6 @@ def rescue(program: Program | None, world: World, config: Config) -> None:
 
 
 def _save(wreck: Trainer | None, world: World, config: Config, parts: list[int]) -> None:
-    writer = Writer(Path(config.run.dir) / resume.CHECKPOINTS, world.dup("rescue"),
-                    keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
     told, pieces = None, []
     if wreck is not None:
         mine = parts[world.rank]
@@ -280,5 +276,6 @@ def _save(wreck: Trainer | None, world: World, config: Config, parts: list[int])
         pieces = wreck.saver.pieces(share.rank, share.size)
     step, meta = next(filter(None, world.comm.allgather(told)))
     if step:
-        writer.save(step, pieces, meta)
-        writer.wait()
+        saves = writer(config, world.dup("rescue"))
+        saves.save(step, pieces, meta)
+        saves.wait()

@@ -18,10 +18,14 @@ from mpilm.model.shape import Shape
 FLOAT_BYTES = 4
 
 
-def check(shape: Shape, world: World) -> None:
-    """Refuse what cannot fit in whatever layout, rather than be killed for it. Collective over `world.comm`."""
+def check(shape: Shape, world: World, memory: int) -> None:
+    """Refuse what cannot fit in whatever layout, rather than be killed for it. Collective over `world.comm`.
+
+    Args:
+        memory: Bytes that this rank has of its device.
+    """
     least = 4 * FLOAT_BYTES * count.parameters(shape)
-    there = world.comm.allreduce(world.memory)
+    there = world.comm.allreduce(memory)
     if least > there:
         raise UserError(
             f"A model of {count.parameters(shape):,} parameters takes at least {least / 2**30:,.1f} GiB (weights, "

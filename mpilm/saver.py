@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpilm.checkpoint import Piece, Reader, Saved, Writer
-from mpilm.config import Checkpoint
+from mpilm.config import Checkpoint, Config
 from mpilm.interval import Interval
 from mpilm.model.slices import Slices
+from mpilm.origin import CHECKPOINTS
 from mpilm.state import TrainState, describe, pieces
 from mpilm.sync._buckets import Run
 
@@ -18,6 +19,12 @@ class Holder(Protocol):
 
     def runs(self, part: int, parts: int) -> list[Run]:
         """Share number `part` of everything a resume needs; the `parts` shares cover it exactly once."""
+
+
+def writer(config: Config, comm: Any) -> Writer:
+    """Of the run's checkpoints. Collective over `comm`, which is private to it."""
+    return Writer(Path(config.run.dir) / CHECKPOINTS, comm, keep_last=config.checkpoint.keep_last,
+                  keep_every=config.checkpoint.keep_every)
 
 
 class Saver:

@@ -8,17 +8,19 @@ with the wrong plug-in of srun ends with the reason and the remedy.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from mpilm import starting
+from mpilm import placement, starting
 from mpilm.failure import USER_ERROR
 from mpilm.log import UserError
 from mpilm.placement import Launcher
@@ -62,21 +64,57 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def choose_gpu(local_rank: int) -> str:
-    """Make a GPU current before MPI starts, which then picks transports and network cards near it."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+def choose_gpu(local_rank: int, wanted: str = "auto") -> str:
+    """Make a GPU current before MPI starts, which then picks transports and network cards near it.
+
+    Neither CuPy nor torch may be loaded before, so the driver is asked by hand: NVIDIA's, else AMD's.
+
+    Args:
+        wanted: As `run.device`.
+
+    Returns:
+        "cuda:<index>", or "cpu" where there is no GPU, none is wanted, or CuPy to work on it is not installed.
+
+    Raises:
+        UserError: A GPU is wanted, and there is none, or none that could be used.
+    """
+    if wanted == "host":
         return "cpu"
-    count, device, context = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_void_p()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+    if instance := placement.mig(os.environ, local_rank):
+        os.environ["CUDA_VISIBLE_DEVICES"] = instance
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # sums of the same bits every time
+    count, make_current = _driver()
+    if wanted == "cuda" and not count:
+        raise UserError("--run.device cuda: no GPU is to be seen on this host. nvidia-smi (rocm-smi) shows those there "
+                        "are; CUDA_VISIBLE_DEVICES and the batch system may hide them.")
+    if not count or (wanted == "auto" and importlib.util.find_spec("cupy") is None):
         return "cpu"
-    index = local_rank % count.value
-    if cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
-        raise UserError(f"GPU {index} of {count.value} cannot be used: is it in exclusive mode and taken, or broken? "
+    index = local_rank % count
+    if not make_current(index):
+        raise UserError(f"GPU {index} of {count} cannot be used: is it in exclusive mode and taken, or broken? "
                         "nvidia-smi shows it.")
-    cuda.cuCtxSetCurrent(context)
     return f"cuda:{index}"
+
+
+def _driver() -> tuple[int, Callable[[int], bool]]:
+    """How many GPUs there are, and what makes one of them the current one and says whether it could."""
+    number = ctypes.c_int(0)
+    with suppress(OSError):
+        cuda = ctypes.CDLL("libcuda.so.1")
+        if not cuda.cuInit(0) and not cuda.cuDeviceGetCount(ctypes.byref(number)) and number.value:
+            return number.value, lambda index: _make_current(cuda, index)
+    with suppress(OSError):
+        hip = ctypes.CDLL("libamdhip64.so")
+        if not hip.hipGetDeviceCount(ctypes.byref(number)) and number.value:
+            return number.value, lambda index: not hip.hipSetDevice(index)
+    return 0, lambda index: False
+
+
+def _make_current(cuda: ctypes.CDLL, index: int) -> bool:
+    device, context = ctypes.c_int(0), ctypes.c_void_p()
+    if cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+        return False
+    return not cuda.cuCtxSetCurrent(context)
 
 
 def start_mpi(launcher: Launcher | None) -> None:

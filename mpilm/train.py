@@ -28,8 +28,8 @@ DESCRIPTION = "Train a language model on the ranks that mpirun or srun started; 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, launch, train, tell what came out."""
     config = options.parse(argv, description=DESCRIPTION)
-    with (Asked(config.run, for_good=argv is None) as asked, launch.session(run_dir=config.run.dir) as world,
-          ExitStack() as stack):
+    with (Asked(config.run, for_good=argv is None) as asked,
+          launch.session(run_dir=config.run.dir, device=config.run.device) as world, ExitStack() as stack):
         from mpilm import recovery
 
         directory = RunDirectory(config, stack)

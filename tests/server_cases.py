@@ -14,6 +14,7 @@ from torch import nn
 from mpilm import assemble
 from mpilm.comm.order import BLOCK
 from mpilm.comm.roles import Roles
+from mpilm.comm.transport import ON_HOST
 from mpilm.comm.worker import Worker
 from mpilm.config import Optim
 from mpilm.launch import session
@@ -35,24 +36,24 @@ def with_servers(servers, *, staleness=0, rule="none", **options):
 
 
 @contextmanager
-def everyone(config, *, precision="fp32"):
+def everyone(config, *, precision="fp32", transport=ON_HOST):
     """(server, update, None) on servers, (None, None, core) on workers, with initial weights."""
     with session() as world:
         shape, decided = assemble.shape_of(config, VOCAB), arithmetic(config, precision)
-        roles = assemble.assign(config, world)
+        roles = assemble.assign(config, world, transport.device)
         if roles.serving:
             read = values(Slices(shape), config.run.seed, None)
             yield *assemble.serve(config, shape, decided, roles, TrainState(), read), None
         else:
-            core = assemble.build(config, world, shape, decided, roles)
+            core = assemble.build(config, world, shape, decided, roles, transport)
             assemble.restore(core, shape, config, None)
             yield None, None, core
         world.comm.Barrier()
 
 
-def train(config, *, precision="fp32", draw=windows):
+def train(config, *, precision="fp32", draw=windows, transport=ON_HOST):
     """All steps: (losses, norms, weights) on workers, on servers None."""
-    with everyone(config, precision=precision) as (server, update, core):
+    with everyone(config, precision=precision, transport=transport) as (server, update, core):
         if core is not None:
             return course(core, config, draw)
         serve(server, update)

@@ -3,16 +3,18 @@ them."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mpilm import config, options
 from mpilm.model import count
 from mpilm.model.shape import Shape
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, clean_environment, mpirun
 
 pytestmark = pytest.mark.serial
 SCALE = {"m": 1e6, "b": 1e9}
@@ -21,6 +23,7 @@ SLURM = sorted((REPOSITORY / "jobs").glob("*.slurm"))
 PBS = sorted((REPOSITORY / "jobs").glob("*.pbs"))
 SITES = sorted((REPOSITORY / "jobs" / "sites").glob("*.sh"))
 COMMON, CONTAINER = REPOSITORY / "jobs" / "common.sh", REPOSITORY / "jobs" / "mpilm.def"
+CHECK = REPOSITORY / "jobs" / "gpu_check.sh"
 SHORT = 40
 SUBMIT = {".slurm": "sbatch", ".pbs": "qsub -V"}
 
@@ -82,6 +85,27 @@ def test_the_container_tells_how_to_build_and_start_it():
     assert "srun --mpi=pmix apptainer exec mpilm.sif python -m mpilm.train" in head
 
 
+@pytest.mark.slow
+def test_the_gpu_check_goes_on_where_it_was(tmp_path):
+    """Without a GPU: the facts are there, tests are skipped, measuring fails, and nothing is done twice."""
+    copy = tmp_path / "repository"
+    copy.mkdir()
+    for name in ("mpilm", "data_prep", "jobs", "tests", "setup.cfg"):
+        (copy / name).symlink_to(REPOSITORY / name)
+    (copy / "jobs").unlink()
+    shutil.copytree(REPOSITORY / "jobs", copy / "jobs")
+    environ = clean_environment() | {"PYTHONPATH": str(copy), "MPIRUN": f"{mpirun()}", "MINUTES": "4"}
+    for _ in range(2):
+        done = subprocess.run([str(copy / "jobs" / "gpu_check.sh"), "facts", "links"], cwd=tmp_path, env=environ,
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "== " not in done.stdout, "it was all done before"
+    table = (copy / "runs" / "gpu_check" / "table.md").read_text()
+    assert f"| facts | torch {torch.__version__}" in table
+    assert "| links | FAILED with" in table or "GB/s" in table
+    assert "| tests-4 | not done" in table
+
+
 @every([*SLURM, *PBS, *SITES, COMMON, CONTAINER])
 def test_a_person_can_read_it(path):
     lines = path.read_text().splitlines()
@@ -89,7 +113,7 @@ def test_a_person_can_read_it(path):
     assert max(map(len, lines)) <= 120
 
 
-@every([*SLURM, *PBS, *SITES, COMMON])
+@every([*SLURM, *PBS, *SITES, COMMON, CHECK])
 def test_shellcheck(path):
     shellcheck = Path(sys.prefix) / "bin" / "shellcheck"
     if not shellcheck.exists():

@@ -9,9 +9,9 @@ import pkgutil
 from types import ModuleType
 
 from mpilm import bench
-from mpilm.bench._options import OPTIONS
+from mpilm.bench._options import DEVICES, OPTIONS
 from mpilm.bench.table import Table
-from mpilm.launch import session
+from mpilm.launch import command, session
 from mpilm.log import UserError, say
 
 NOT_BENCHES = {"__main__", "measure", "table"}
@@ -48,8 +48,10 @@ def main() -> None:
     """Parse the command line, run one benchmark on all ranks, print on rank 0."""
     own = vars(_parser().parse_args())
     name, as_json = own.pop("name"), own.pop("json")
-    with session() as world:
+    with session(device=DEVICES.get(name, "host")) as world:
         module = get(name)
+        if name in DEVICES:
+            own["device"] = world.device
         table = Table(name, ours=module.OURS)
 
         def emit(case: str, who: str, value: float, unit: str) -> None:
@@ -64,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

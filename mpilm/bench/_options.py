@@ -43,6 +43,17 @@ def quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=256, help="of each run (default: %(default)s)")
 
 
+def gpu(parser: argparse.ArgumentParser) -> None:
+    """Of `bench/gpu.py`."""
+    parser.add_argument("--part", choices=("links", "steps"), default="links",
+                        help="collectives, or training steps (default: %(default)s)")
+    parser.add_argument("--case", default="124m,350m,1300m", metavar="CASE,...", help="models (default: %(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="turns of every contender (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=5, help="timed steps of a turn (default: %(default)s)")
+    parser.add_argument("--reproducible", action="store_true", help="also measure reproducible mode")
+    parser.add_argument("--peer", action="store_true", help="also measure transformers' Llama under torch.compile")
+
+
 def slow(parser: argparse.ArgumentParser) -> None:
     """Of `bench/slow.py`."""
     _runs(parser, _replicas.SLOW)
@@ -95,4 +106,5 @@ def _positive(text: str) -> int:
 
 
 OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "tensor": tensor, "memory": memory,
-           "server": server, "compress": compress, "quality": quality, "slow": slow}
+           "server": server, "compress": compress, "quality": quality, "slow": slow, "gpu": gpu}
+DEVICES = {"gpu": "cuda"}   # of the session; the others measure CPUs

@@ -15,6 +15,7 @@ import numpy as np
 
 from mpilm.checkpoint import manifest, retention, tensorfile
 from mpilm.checkpoint.pieces import Piece
+from mpilm.comm.arrays import fetch
 from mpilm.log import UserError
 
 
@@ -120,7 +121,7 @@ class Snapshot:
             end = first
             for piece in file:
                 target = self._memory[end:end + piece.array.nbytes]
-                np.copyto(target.view(piece.array.dtype), piece.array)
+                fetch(piece.array, target.view(piece.array.dtype))
                 end += target.size
             views.append(self._memory[first:end].data)
             first += size

@@ -1,1 +1,1 @@
-"""Ranks and arrays: who sits where, and how arrays move and are summed. numpy and mpi4py only, no torch."""
+"""Ranks and arrays: who sits where, and how arrays move and are summed. numpy, mpi4py and, on GPUs, cupy; no torch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,30 @@ def zeros(count: int, dtype: npt.DTypeLike) -> np.ndarray:
     return raw[start : start + count * dtype.itemsize].view(dtype)
 
 
-def address(array: np.ndarray) -> int:
-    """Where its first element lies in this process's memory."""
-    return int(array.__array_interface__["data"][0])
+def address(array: Any) -> int:
+    """Where its first element lies, in the memory of this process or of its device."""
+    if isinstance(array, np.ndarray):
+        return int(array.__array_interface__["data"][0])
+    return int(array.__cuda_array_interface__["data"][0])
+
+
+def fetch(source: Any, target: np.ndarray | None = None) -> np.ndarray:
+    """The values of any device's array, in `target` or else in memory of the host; they are there on return."""
+    if not isinstance(source, np.ndarray):
+        found: np.ndarray = source.get() if target is None else source.get(out=target)
+        return found
+    if target is None:
+        return source
+    np.copyto(target, source)
+    return target
+
+
+def put(values: np.ndarray, target: Any) -> None:
+    """Copy values of the host into any device's contiguous array of the same dtype."""
+    if isinstance(target, np.ndarray):
+        target[:] = values
+    else:
+        target.set(np.ascontiguousarray(values, target.dtype))
 
 
 def chunks(low: int, high: int, length: int) -> Iterator[slice]:
@@ -37,7 +59,9 @@ def messages(array: np.ndarray) -> list[np.ndarray]:
     return [array[part] for part in chunks(0, array.size, MESSAGE_BYTES // array.itemsize)]
 
 
-def code(array: np.ndarray, allowed: Sequence[np.dtype] = DTYPES) -> int:
-    """The number of an array's type among those `allowed`, or -1 for what a collective cannot work on in place."""
-    fits = isinstance(array, np.ndarray) and array.ndim == 1 and array.flags.c_contiguous and array.flags.writeable
+def code(array: Any, allowed: Sequence[np.dtype] = DTYPES, kind: Any = np.ndarray) -> int:
+    """The number of an array's type among those `allowed`, or -1 for what a collective cannot work on in place: another
+    device's, for instance, whose arrays are not of `kind`."""
+    fits = (isinstance(array, kind) and array.ndim == 1 and array.flags.c_contiguous
+            and getattr(array.flags, "writeable", True))
     return allowed.index(array.dtype) if fits and array.dtype in allowed else -1

@@ -14,17 +14,20 @@ from mpi4py import MPI
 
 from mpilm.comm import collectives
 from mpilm.comm.collectives import Collective
+from mpilm.comm.devices import Array
 from mpilm.comm.node import Node, SharedMemoryError
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.log import UserError, say, warn
 
 ROUNDS = 5
 LONGEST = 4 * 2**20  # elements measured at most: 16 MiB of float32, past every cache
-FAST = ("shared", "ring", "mpi")
+FAST = ("shared", "ring", "mpi", "nccl")
 FIXED_ORDER = ("shared", "tree")
 
 
 def build(
-    name: str, comm: MPI.Comm, node: Node, *, count: int, reproducible: bool = False, shared_bytes: int = 0
+    name: str, comm: MPI.Comm, node: Node, *, count: int, reproducible: bool = False, shared_bytes: int = 0,
+    transport: Transport = ON_HOST, never: Collection[str] = (),
 ) -> Collective:
     """The collective of that name, or the fastest for `auto`; says what it picked. Collective over `comm`.
 
@@ -37,16 +40,20 @@ def build(
         count: Elements of a bucket of gradients.
         reproducible: Sums must be in tree order.
         shared_bytes: What the caller will allocate in node-shared memory on every node if `shared` is the one.
+        transport: Of the device whose arrays are summed.
+        never: What `auto` must not pick.
 
     Raises:
         UserError: It cannot work here; names what can.
     """
-    without = () if name not in ("auto", "shared") else _unusable(comm, node, shared_bytes)
+    asks_node = name in ("auto", "shared") and transport.device.shares
+    without = _unusable(comm, node, shared_bytes) if asks_node else ()
     if name == "auto" or name in without:
-        name, seen = measure(comm, node, count, reproducible=reproducible, without=without)
+        name, seen = measure(comm, node, count, reproducible=reproducible, without=(*without, *never),
+                             transport=transport)
         figures = ", ".join(f"{who} {value:.1f}" for who, value in seen.items())
         say(f"allreduce: {name} (GB/s over {4 * count / 2**20:.3g} MiB: {figures})")
-    return collectives.get(name)(comm, node, reproducible=reproducible)
+    return collectives.get(name)(comm, node, reproducible=reproducible, transport=transport)
 
 
 def _unusable(comm: MPI.Comm, node: Node, shared_bytes: int) -> tuple[str, ...]:
@@ -60,12 +67,13 @@ def _unusable(comm: MPI.Comm, node: Node, shared_bytes: int) -> tuple[str, ...]:
 
 
 def measure(
-    comm: MPI.Comm, node: Node, count: int, *, reproducible: bool = False, without: Collection[str] = ()
+    comm: MPI.Comm, node: Node, count: int, *, reproducible: bool = False, without: Collection[str] = (),
+    transport: Transport = ON_HOST,
 ) -> tuple[str, dict[str, float]]:
     """Time an allreduce of `count` float32 by every candidate. Collective over `comm`; the same answer on all ranks.
 
     Args:
-        comm, node, count, reproducible: As in `build`.
+        comm, node, count, reproducible, transport: As in `build`.
         without: Candidates to leave out.
 
     Returns:
@@ -74,8 +82,8 @@ def measure(
     Raises:
         UserError: None works here.
     """
-    count = max(1, min(count, LONGEST))
-    candidates = _candidates(comm, node, reproducible=reproducible, without=without)
+    count = max(1, min(count, transport.device.grain * LONGEST))
+    candidates = _candidates(comm, node, reproducible=reproducible, without=without, transport=transport)
     buffers = {name: candidate.allocate(count, np.float32) for name, candidate in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(ROUNDS + 1):
@@ -92,7 +100,7 @@ def measure(
 
 
 def _candidates(
-    comm: MPI.Comm, node: Node, *, reproducible: bool, without: Collection[str]
+    comm: MPI.Comm, node: Node, *, reproducible: bool, without: Collection[str], transport: Transport
 ) -> dict[str, Collective]:
     """Everything that `auto` may pick and that works on these ranks."""
     built: dict[str, Collective] = {}
@@ -101,7 +109,7 @@ def _candidates(
         if name in without:
             continue
         try:
-            built[name] = collectives.get(name)(comm, node, reproducible=reproducible)
+            built[name] = collectives.get(name)(comm, node, reproducible=reproducible, transport=transport)
         except (UserError, SharedMemoryError) as error:
             reasons.append(str(error))
     if not built:
@@ -109,9 +117,10 @@ def _candidates(
     return built
 
 
-def _timed(comm: MPI.Comm, candidate: Collective, buffer: np.ndarray) -> float:
+def _timed(comm: MPI.Comm, candidate: Collective, buffer: Array) -> float:
     """Seconds of one allreduce, of the slowest rank."""
     comm.Barrier()
     start = time.perf_counter()
     candidate.allreduce(buffer)
+    candidate.device.settle()
     return float(comm.allreduce(time.perf_counter() - start, op=MPI.MAX))

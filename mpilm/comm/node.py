@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpilm.comm import arrays, memory
+from mpilm.comm import memory
+from mpilm.comm.devices import HOST, Array, Device
 from mpilm.comm.memory import SharedMemoryError
 from mpilm.log import UserError
 
@@ -89,14 +90,18 @@ class Node:
         starts = range(0, stride * self.comm.size, stride) if stride else [0] * self.comm.size
         return [whole[start : start + count * itemsize].view(dtype) for start in starts]
 
-    def allocate_common(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
+    def allocate_common(self, count: int, dtype: npt.DTypeLike, device: Device = HOST) -> Array:
         """One zeroed 1-D array of `count` elements that all ranks of the node see. Collective over `node.comm`.
+
+        Args:
+            device: Where; one that ranks do not share is for nodes of one rank.
 
         Raises:
             SharedMemoryError: On all ranks of the node.
         """
         if self.comm.size == 1 or count == 0:
-            return arrays.zeros(count, dtype)
+            return device.zeros(count, dtype)
+        assert device.shares, f"the ranks of a node have no memory of {device.title} in common"
         block = memory.share(self.comm, count * np.dtype(dtype).itemsize, ways=self.ways)
         return np.frombuffer(block, dtype)
 

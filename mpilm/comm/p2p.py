@@ -15,9 +15,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 from mpi4py import MPI
 
 from mpilm.comm import network
@@ -35,7 +34,12 @@ TAG_KEYS = 104  # of ring attention, and their gradients
 TAG_SUMS = 105
 TAG_PUSH = 106  # gradients, to servers
 TAG_PULL = 107  # parameters, from servers, and what is told with them
+TAG_TRIED = 108  # of a device: whether it arrives
 TAG_STAGES = 1024  # and above: two for every cut between pipeline stages
+
+
+def nothing() -> None:
+    """There is nothing to do."""
 
 
 def wait(requests: Sequence[MPI.Request]) -> None:
@@ -77,7 +81,7 @@ class _Message:
     request: None before MPI has been given it (network.py), which another thread may do.
     """
 
-    array: np.ndarray
+    array: Any
     request: MPI.Request | None = None
 
 
@@ -87,14 +91,16 @@ class Ledger:
     Args:
         synchronous: Every send is through only when it is being received, as under an MPI that buffers nothing: for
             tests, which would pass by luck where small messages are buffered.
+        settle: Called before MPI is given an array: what is to be done with it so far has been done on return.
     """
 
-    def __init__(self, *, synchronous: bool = False) -> None:
-        self.synchronous = synchronous
+    def __init__(self, *, synchronous: bool = False, settle: Callable[[], None] = nothing) -> None:
+        self.synchronous, self.settle = synchronous, settle
         self._entries: list[_Message] = []
 
-    def send(self, comm: MPI.Comm, array: np.ndarray, *, dest: int, tag: int) -> None:
+    def send(self, comm: MPI.Comm, array: Any, *, dest: int, tag: int) -> None:
         """Start to send a contiguous array; it must not change before wait()."""
+        self.settle()
         start, message = comm.Issend if self.synchronous else comm.Isend, _Message(array)
 
         def deliver() -> None:
@@ -104,8 +110,10 @@ class Ledger:
         self._entries.append(message)
         network.line().carry(array.nbytes, deliver)
 
-    def receive(self, comm: MPI.Comm, array: np.ndarray, *, source: int, tag: int) -> MPI.Request:
-        """Start to receive into a contiguous array; it must not be read before wait(), here or for the request."""
+    def receive(self, comm: MPI.Comm, array: Any, *, source: int, tag: int) -> Any:
+        """Start to receive into a contiguous array; it must not be read before wait(), or wait_for() what this gives,
+        which is MPI's request or has the same Test()."""
+        self.settle()
         request = comm.Irecv(array, source=source, tag=tag)
         self._entries.append(_Message(array, request))
         return request
@@ -113,6 +121,10 @@ class Ledger:
     def reap(self) -> None:
         """Let go of the arrays of messages that are through."""
         self._entries = [entry for entry in self._entries if entry.request is None or not entry.request.Test()]
+
+    def wait_for(self, expected: Sequence[Any]) -> None:
+        """Return when these messages, which `receive` has given, are there."""
+        wait(expected)
 
     def wait(self) -> None:
         """Return when every message is through."""

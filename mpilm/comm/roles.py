@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
+from mpilm.comm.devices import HOST, Device
 from mpilm.comm.node import Node, SharedMemoryError
 
 
@@ -27,18 +28,20 @@ class Roles:
     side: Those of my kind.
     servers: How many there are.
     node: Where the ranks of `comm` sit.
+    device: What workers compute on; servers use the host.
     """
 
     comm: MPI.Comm
     side: MPI.Comm
     servers: int
     node: Node
+    device: Device = HOST
 
     @classmethod
-    def build(cls, comm: MPI.Comm, *, servers: int) -> Roles:
+    def build(cls, comm: MPI.Comm, *, servers: int, device: Device = HOST) -> Roles:
         """Collective over `comm`, which has more ranks than `servers`."""
         own = comm.Dup()
-        return cls(own, own.Split(own.rank < servers, key=own.rank), servers, Node.build(own))
+        return cls(own, own.Split(own.rank < servers, key=own.rank), servers, Node.build(own), device)
 
     @property
     def serving(self) -> bool:

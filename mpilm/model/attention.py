@@ -38,7 +38,7 @@ def masks(length: int, documents: Tensor | None, device: torch.device) -> list[T
     documents (integers [B, T]) one for every sequence, else the same for all. For PyTorch's kernel: [B, 1, T, T], or
     nothing where causality says it all.
     """
-    blocks = num_blocks(length)
+    blocks = _tiles(length, device)
     order = torch.arange(length, device=device)
     visible = (order[:, None] >= order[None, :])[None]
     if documents is not None:
@@ -52,13 +52,18 @@ def masks(length: int, documents: Tensor | None, device: torch.device) -> list[T
     return [band[:, None, :, None] for band in bands]
 
 
+def _tiles(length: int, device: torch.device) -> int:
+    """Blocks of a sequence; 0 for PyTorch's own kernel, which on a GPU is the faster one at any length."""
+    return num_blocks(length) if device.type == "cpu" else 0
+
+
 def _additive(visible: Tensor) -> Tensor:
     return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> Tensor:
     """Weighted values [B, T, H, D] of queries [B, T, H, D], divided by sqrt(D), over keys and values [B, T, K, D]."""
-    blocks = num_blocks(q.shape[1])
+    blocks = _tiles(q.shape[1], q.device)
     if not blocks:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=masks[0].to(q.dtype) if masks else None, scale=1.0,

@@ -19,6 +19,7 @@ from mpilm.model.softmax import Softmax
 from mpilm.model.split import ALONE, Alone
 
 CHUNK = 1 << 25     # logits that are held at a time: 64 MiB of bf16
+GPU_CHUNK = 1 << 28     # 512 MiB; products of fewer rows leave most of a GPU idle
 
 
 class Head(nn.Linear):
@@ -66,5 +67,5 @@ class _Loss(torch.autograd.Function):
 
 def _chunks(x: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
     """Rows and their targets, so many at a time that their logits are at most CHUNK."""
-    rows = max(1, CHUNK // vocab_size)
+    rows = max(1, (CHUNK if x.device.type == "cpu" else GPU_CHUNK) // vocab_size)
     return list(zip(x.split(rows), targets.split(rows), strict=True))

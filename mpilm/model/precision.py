@@ -16,27 +16,35 @@ from mpilm.progress import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = (128, 256, 512, 1024)   # the last: large enough for the matrix units, small enough for 10 ms in float32
+GPU_SIZES = (8192,)     # 2 ms a product in bf16
 ROUNDS = 5
 WORTH = 1.2             # bf16 must be so much faster to give up the bits of float32
 HOPELESS = 4.0          # times slower than another at one size, and the next one is not tried
 
 
-def measure(names: Iterable[str], *, sizes: Sequence[int] = SIZES, rounds: int = ROUNDS) -> dict[str, float]:
+def measure(names: Iterable[str], *, sizes: Sequence[int] = (), rounds: int = ROUNDS,
+            device: str = "cpu") -> dict[str, float]:
     """FLOP/s of a square product in each precision: the best of a few interleaved rounds, about 0.2 s.
 
     A processor without units for bf16 takes seconds for a large product, so sizes grow, and what is hopeless at one of
     them keeps the speed it had there.
+
+    Args:
+        sizes: Of the squares; none: SIZES, or GPU_SIZES.
+        device: Where it is measured, a torch device.
     """
     speeds = dict.fromkeys(names, 0.0)
-    for size in sizes:
+    for size in sizes or (SIZES if device == "cpu" else GPU_SIZES):
         best = max(speeds.values(), default=0.0)
         chosen = [name for name, speed in speeds.items() if speed * HOPELESS >= best]
-        speeds.update(_speeds(chosen, size, rounds))
+        speeds.update(_speeds(chosen, size, rounds, device))
     return speeds
 
 
-def _speeds(names: Iterable[str], size: int, rounds: int) -> dict[str, float]:
-    operands = {name: torch.ones(size, size, dtype=DTYPES[name]) for name in names}
+def _speeds(names: Iterable[str], size: int, rounds: int, device: str) -> dict[str, float]:
+    # Not ones on a GPU: where few bits flip it runs faster than it will with anybody's weights.
+    make = torch.ones if device == "cpu" else torch.randn
+    operands = {name: make(size, size, dtype=DTYPES[name], device=device) for name in names}
     seconds = dict.fromkeys(operands, float("inf"))
     for _ in range(rounds):
         for name, a in operands.items():
@@ -56,6 +64,13 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _time(a: Tensor) -> float:
+    _finish(a)
     start = time.perf_counter()
     a @ a
+    _finish(a)
     return time.perf_counter() - start
+
+
+def _finish(a: Tensor) -> None:
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)

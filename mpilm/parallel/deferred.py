@@ -86,7 +86,7 @@ class Deferred:
         self.rows, self.taps = rows, []
         for layer in self.layers:
             layer.x_tap, layer.dy_tap = (
-                torch.empty((), dtype=layer.weight.dtype).expand(*self.own.get(layer, rows), width).requires_grad_()
+                layer.weight.new_empty(()).expand(*self.own.get(layer, rows), width).requires_grad_()
                 for width in (layer.in_features, layer.out_features))
             self.taps += [layer.x_tap, layer.dy_tap]
 

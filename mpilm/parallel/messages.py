@@ -15,13 +15,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
-import numpy as np
 import torch
 from mpi4py import MPI
 
 from mpilm import bridge
 from mpilm.comm import arrays, p2p
+from mpilm.comm.devices import Array
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.parallel.routes import Message
 from mpilm.parallel.schedules import Kind
 
@@ -33,17 +35,18 @@ class Messages:
 
     Args:
         dtype: Of activations: what the model computes with.
+        transport: Of the device that it computes on.
 
     Attributes:
         wait_s: Seconds spent waiting for others, since it was last set to 0.
     """
 
-    def __init__(self, comm: MPI.Comm, dtype: torch.dtype) -> None:
-        self.comm, self.dtype = comm, dtype
-        self.ledger = p2p.Ledger()
+    def __init__(self, comm: MPI.Comm, dtype: torch.dtype, transport: Transport = ON_HOST) -> None:
+        self.comm, self.dtype, self.device = comm, dtype, transport.device.torch
+        self.ledger = transport.ledger()
         self.wait_s = 0.0
         self._coming: deque[tuple[Message, tuple[int, ...]]] = deque()
-        self._posted: deque[tuple[Message, list[MPI.Request], torch.Tensor]] = deque()
+        self._posted: deque[tuple[Message, list[Any], torch.Tensor]] = deque()
 
     def expect(self, messages: Iterable[tuple[Message, tuple[int, ...]]]) -> None:
         """Get ready to receive these, in this order, each with the shape of its tensor."""
@@ -56,7 +59,7 @@ class Messages:
             key, shape = self._coming.popleft()
             kind, stage, _ = key
             sender = stage - 1 if kind is Kind.FORWARD else stage + 1
-            tensor = torch.empty(shape, dtype=self.dtype)
+            tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
             requests = [self.ledger.receive(self.comm, piece, source=sender % self.comm.size, tag=_tag(kind, stage))
                         for piece in pieces(tensor)]
             self._posted.append((key, requests, tensor))
@@ -66,7 +69,7 @@ class Messages:
         expected, requests, tensor = self._posted.popleft()
         assert expected == key, f"{key} was wanted before {expected}"
         started = time.perf_counter()
-        p2p.wait(requests)
+        self.ledger.wait_for(requests)
         self.wait_s += time.perf_counter() - started
         self.ledger.reap()
         self._post()
@@ -86,7 +89,7 @@ class Messages:
         self.wait_s += time.perf_counter() - started
 
 
-def pieces(tensor: torch.Tensor) -> list[np.ndarray]:
+def pieces(tensor: torch.Tensor) -> list[Array]:
     """A tensor's memory in messages of at most MESSAGE_BYTES; both ends cut it alike, and pieces come in order."""
     flat = bridge.array(tensor.view(-1))
     return [flat[cut] for cut in arrays.chunks(0, len(flat), arrays.MESSAGE_BYTES // flat.itemsize)]

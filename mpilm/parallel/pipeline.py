@@ -18,6 +18,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.data.loader import Batch
 from mpilm.model.gpt import GPT
 from mpilm.parallel import routes, schedules
@@ -51,13 +52,16 @@ class Pipeline:
         num_slots: What a slot's loss is divided by: slots of the global batch, over all ranks, times the ranks that
             share each sequence, because every one of them has the mean loss of its own tokens.
         dtype: Of activations.
+        transport: Of the device that the chunks are on.
+        device: That device, for torch, where nothing is sent; else the transport's.
     """
 
     def __init__(self, chunks: Sequence[Chunk], slots: Slots, comm: MPI.Comm, schedule: Schedule, *, num_slots: int,
-                 dtype: torch.dtype) -> None:
+                 dtype: torch.dtype, transport: Transport = ON_HOST, device: str = "") -> None:
         self.chunks, self.slots, self.comm, self.schedule, self.num_slots = chunks, slots, comm, schedule, num_slots
         self.stages = comm.size * len(chunks)
-        self.messages = Messages(comm, dtype)
+        self.device = device or transport.device.torch
+        self.messages = Messages(comm, dtype, transport)
         self.deferred = [Deferred(chunk, chunk.linear_rows()) for chunk in chunks] if schedule.split else []
         self.names = [{name for name, _ in chunk.named_parameters()} for chunk in chunks]
         self.passes = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.INPUT: self._input,
@@ -96,7 +100,7 @@ class Pipeline:
                 chunk.train()
 
     def _play(self, actions: list[Action], batch: Batch) -> dict[int, Tensor]:
-        self._begin(micro_batches(batch))
+        self._begin(micro_batches(batch, self.device))
         slot = batch.inputs.shape[1:]
         keys = [key for key in map(self._needs, actions) if key is not None]
         shapes = [self.chunks[0].input_shape(routes.cut(key), slot) for key in keys]
@@ -117,8 +121,8 @@ class Pipeline:
 
     def _losses(self, results: dict[int, Tensor], count: int) -> np.ndarray:
         losses = np.zeros(count)
-        for slot, loss in results.items():
-            losses[slot] = loss.item()
+        if results:     # in one copy: a GPU is waited for once
+            losses[list(results)] = torch.stack(list(results.values())).tolist()
         return losses
 
     def _begin(self, batch: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
@@ -178,8 +182,9 @@ class Pipeline:
 
 def alone(model: GPT) -> Pipeline:
     """A pipeline of one stage that only evaluates."""
-    return Pipeline([model], _Nobody(), MPI.COMM_SELF, schedules.get("1f1b"), num_slots=1,
-                    dtype=next(model.parameters()).dtype)
+    one = next(model.parameters())
+    return Pipeline([model], _Nobody(), MPI.COMM_SELF, schedules.get("1f1b"), num_slots=1, dtype=one.dtype,
+                    device=str(one.device))
 
 
 class _Nobody:
@@ -190,11 +195,15 @@ class _Nobody:
     def end_slot(self) -> None: ...
 
 
-def micro_batches(batch: Batch) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+def micro_batches(batch: Batch, device: str = "cpu") -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
     """(inputs, targets, documents) of each slot; of GPT [micro_batch_size, sequence_length]."""
-    every = [_slots(array, len(batch.inputs)) for array in batch]
+    every = [_slots(array, len(batch.inputs), device) for array in batch]
     return list(zip(*every, strict=True))
 
 
-def _slots(array: np.ndarray | None, count: int) -> Iterable[Any]:
-    return [None] * count if array is None else torch.from_numpy(array)
+def _slots(array: np.ndarray | None, count: int, device: str) -> Iterable[Any]:
+    """The batch goes to a GPU in one copy, from pinned memory, while the host goes on."""
+    if array is None:
+        return [None] * count
+    values = torch.from_numpy(array)
+    return values if device == "cpu" else values.pin_memory().to(device, non_blocking=True)

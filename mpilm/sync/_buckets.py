@@ -12,12 +12,15 @@ of everything. A `Shard` is one that is divided over all ranks: of masters and s
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from mpilm import bridge
+from mpilm.comm.arrays import put
+from mpilm.comm.devices import HOST, Array, Device
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK, segments
 from mpilm.flat import Flat
@@ -30,7 +33,7 @@ MASTERS = "model"
 # (state name or MASTERS, parameter name, first element, number of elements) -> float32 values
 Read = Callable[[str, str, int, int], np.ndarray]
 # (state name or MASTERS, parameter name, first element, values)
-Run = tuple[str, str, int, np.ndarray]
+Run = tuple[str, str, int, Array]
 
 
 class Leaving(Protocol):
@@ -53,6 +56,7 @@ class Segment:
 
     Args:
         repeated: Parameters that the norm must not count here, because another rank holds and counts them too.
+        device: Of all of its memory.
 
     Attributes:
         shard: What the update writes the new weights to.
@@ -63,34 +67,32 @@ class Segment:
 
     shard: torch.Tensor
     masters: torch.Tensor
-    states: Mapping[str, np.ndarray]
-    squares: np.ndarray
+    states: Mapping[str, Array]
+    squares: Array
     gradients: Summed
 
-    def __init__(self, layout: Layout, own: slice, repeated: Collection[str] = ()) -> None:
-        self.layout, self.own = layout, own
-        self.left_out = {block for member, start, stop in layout.members_in(own) if member.name in repeated
-                         for block in range((start - own.start) // BLOCK, -(-(stop - own.start) // BLOCK))}
+    def __init__(self, layout: Layout, own: slice, repeated: Collection[str] = (), device: Device = HOST) -> None:
+        self.layout, self.own, self.device = layout, own, device
+        left_out = {block for member, start, stop in layout.members_in(own) if member.name in repeated
+                    for block in range((start - own.start) // BLOCK, -(-(stop - own.start) // BLOCK))}
+        self.counted = [block not in left_out for block in range(-(-(own.stop - own.start) // BLOCK))]
 
     def square(self, first: int, stop: int) -> None:
-        """Sums of squares of my gradients' blocks first .. stop-1.
-
-        One call a block: over several blocks at once NumPy may sum each of them in another order.
-        """
-        gradients = self.gradients.own.numpy()
-        for block in range(first, stop):
-            if block in self.left_out:
-                continue
-            values = gradients[block * BLOCK:(block + 1) * BLOCK]
-            self.squares[block] = np.einsum("i,i->", values, values)
+        """Sums of squares of my gradients' blocks first .. stop-1."""
+        gradients, start = self.gradients.values, first
+        for counts, run in groupby(self.counted[first:stop]):
+            blocks = slice(start, start + len(list(run)))
+            start = blocks.stop
+            if counts:
+                self.device.squares(gradients[blocks.start * BLOCK:blocks.stop * BLOCK], self.squares[blocks])
 
     def flats(self) -> Iterator[Flat]:
         """My segment, as the update takes it."""
         return flats_of(self.layout, self.own, self.masters, self.shard, self.gradients.own, self.states.values())
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Array]:
         """Everything a resume needs of my segment, float32, by the name of the state."""
-        return {MASTERS: self.masters.numpy(), **self.states}
+        return {MASTERS: bridge.array(self.masters), **self.states}
 
     def load(self, read: Read) -> None:
         """Fill my segment of masters and optimizer state, and round the weights from the masters."""
@@ -98,11 +100,11 @@ class Segment:
             self.fill(array, name, read)
         self.round()
 
-    def fill(self, array: np.ndarray, name: str, read: Read) -> None:
+    def fill(self, array: Array, name: str, read: Read) -> None:
         """Fill an array that is as long as my segment with the state `name`."""
         for member, start, stop in self.layout.members_in(self.own):
-            array[start - self.own.start:stop - self.own.start] = read(name, member.name, start - member.start,
-                                                                       stop - start)
+            put(read(name, member.name, start - member.start, stop - start),
+                array[start - self.own.start:stop - self.own.start])
 
     def round(self) -> None:
         """Make my segment of the weights what the masters say."""
@@ -114,19 +116,19 @@ class Segment:
         return runs_of(self.layout, self.own, self.arrays())
 
 
-def runs_of(layout: Layout, share: slice, arrays: Mapping[str, np.ndarray]) -> list[Run]:
+def runs_of(layout: Layout, share: slice, arrays: Mapping[str, Array]) -> list[Run]:
     """The runs of all members in `share` of a bucket, of which `arrays` have the values."""
     return [(name, member.name, start - member.start, array[start - share.start:stop - share.start])
             for name, array in arrays.items() for member, start, stop in layout.members_in(share)]
 
 
 def flats_of(layout: Layout, own: slice, masters: torch.Tensor, weights: torch.Tensor, gradients: torch.Tensor,
-             states: Iterable[np.ndarray]) -> Iterator[Flat]:
+             states: Iterable[Array]) -> Iterator[Flat]:
     """The segment `own` of a bucket, as the update takes it; everything is as long as the segment."""
     for zone, decay in layout.zones(own):
         part = slice(zone.start - own.start, zone.stop - own.start)
         yield Flat(masters[part], weights[part], gradients[part],
-                   tuple(torch.from_numpy(state[part]) for state in states), decay)
+                   tuple(bridge.tensor(state[part], torch.float32) for state in states), decay)
 
 
 class Bucket(Segment):
@@ -135,8 +137,9 @@ class Bucket(Segment):
     flat: torch.Tensor
     gradients: Gradients
 
-    def __init__(self, layout: Layout, own: slice, gradients: Gradients, repeated: Collection[str]) -> None:
-        super().__init__(layout, own, repeated)
+    def __init__(self, layout: Layout, own: slice, gradients: Gradients, repeated: Collection[str],
+                 device: Device = HOST) -> None:
+        super().__init__(layout, own, repeated, device)
         self.gradients = gradients
 
     def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
@@ -151,23 +154,28 @@ class Bucket(Segment):
 
 
 class Replica(Bucket):
-    """A bucket among `owners`. Collective over the collective's communicator."""
+    """A bucket among `owners`. Collective over the collective's communicator.
 
-    def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, *, states: Sequence[str],
-                 dtype: torch.dtype, visits: Sequence[Visit], repeated: Collection[str]) -> None:
+    Args:
+        blocks: float64, one for every BLOCK of its gradients, for all owners.
+    """
+
+    def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, blocks: Array, *,
+                 states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit],
+                 repeated: Collection[str]) -> None:
         count, self.cut = layout.count, segments(layout.count, owners.comm.size)
+        device = collective.device
         own = self.cut[owners.comm.rank]
         summed = Whole(layout, collective.allocate, reduce, own, visits)
-        super().__init__(layout, own, summed, repeated)
+        super().__init__(layout, own, summed, repeated, device)
         self.collective, self.summed = collective, summed
-        self.common = {name: owners.allocate_common(count, np.float32) for name in (MASTERS, *states)}
-        whole = torch.from_numpy(self.common[MASTERS])
+        self.common = {name: owners.allocate_common(count, np.float32, device) for name in (MASTERS, *states)}
+        whole = bridge.tensor(self.common[MASTERS], torch.float32)
         self.flat = whole if dtype == torch.float32 else bridge.tensor(
-            owners.allocate_common(count, bridge.array_dtype(dtype)), dtype)
+            owners.allocate_common(count, bridge.array_dtype(dtype), device), dtype)
         self.masters, self.shard = whole[own], self.flat[own]
         self.states = {name: self.common[name][own] for name in states}
-        self.blocks = owners.allocate_common(count // BLOCK, np.float64)
-        self.squares = self.blocks[own.start // BLOCK:own.stop // BLOCK]
+        self.squares = blocks[own.start // BLOCK:own.stop // BLOCK]
 
     def flats_of(self, owner: int) -> Iterator[Flat] | None:
         """Another owner's segment; None if its gradients are not where I see them."""
@@ -176,8 +184,8 @@ class Replica(Bucket):
             return None
         own = self.cut[owner]
         states = [array[own] for name, array in self.common.items() if name != MASTERS]
-        masters = torch.from_numpy(self.common[MASTERS][own])
-        return flats_of(self.layout, own, masters, self.flat[own], torch.from_numpy(gradients[own]), states)
+        masters, summed = (bridge.tensor(array[own], torch.float32) for array in (self.common[MASTERS], gradients))
+        return flats_of(self.layout, own, masters, self.flat[own], summed, states)
 
     def runs(self, part: int, parts: int) -> list[Run]:
         """One of `parts` shares of everything a resume needs."""
@@ -188,10 +196,10 @@ class Replica(Bucket):
 class Shard(Bucket):
     """A bucket over all ranks, with any kind of gradients and weights."""
 
-    def __init__(self, layout: Layout, own: slice, gradients: Gradients, weights: Weights, *,
-                 states: Sequence[str], repeated: Collection[str]) -> None:
-        super().__init__(layout, own, gradients, repeated)
+    def __init__(self, layout: Layout, own: slice, gradients: Gradients, weights: Weights, squares: Array, *,
+                 states: Sequence[str], repeated: Collection[str], device: Device = HOST) -> None:
+        super().__init__(layout, own, gradients, repeated, device)
         self.weights = weights
         self.flat, self.shard, self.masters = weights.flat, weights.shard, weights.masters
-        self.states = {name: np.zeros(own.stop - own.start, np.float32) for name in states}
-        self.squares = np.zeros((own.stop - own.start) // BLOCK)
+        self.states = {name: device.zeros(own.stop - own.start, np.float32) for name in states}
+        self.squares = squares

@@ -16,20 +16,19 @@ order the k-th slots of all ranks must be a subtree: they are dealt in turns (or
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mpilm.comm import arrays
-from mpilm.comm.worker import Inline, Worker
+from mpilm import bridge
+from mpilm.comm.worker import Call, Inline, Worker
 from mpilm.sync._layout import Layout, Member
 from mpilm.sync._slots import Visit
 
-Allocate = Callable[[int, npt.DTypeLike], np.ndarray]
-Reduce = Callable[[np.ndarray], None]
+Allocate = Callable[[int, npt.DTypeLike], Any]
+Reduce = Callable[[Any], None]
 
 
 class Summed(Protocol):
@@ -37,11 +36,15 @@ class Summed(Protocol):
 
     Attributes:
         own: float32, my segment of the sum over all slots of all ranks, once everything has departed and arrived.
+        values: The same, as an array.
         nbytes: Held for it at all times.
     """
 
     own: torch.Tensor
     nbytes: int
+
+    @property
+    def values(self) -> Any: ...
 
 
 class Gradients(Summed, Protocol):
@@ -53,7 +56,7 @@ class Gradients(Summed, Protocol):
     def depart(self, slot: int) -> Callable[[], None]:
         """The gradients of `slot` are all there; returns what the communication thread has to do. Collective."""
 
-    def departed(self, slot: int, future: Future[Any]) -> None:
+    def departed(self, slot: int, future: Call) -> None:
         """It will be done when `future` is."""
 
 
@@ -67,9 +70,9 @@ class Whole:
 
     def __init__(self, layout: Layout, allocate: Allocate, reduce: Reduce, own: slice, visits: Sequence[Visit]) -> None:
         self.reduced, self._reduce, self.visits = allocate(layout.count, np.float32), reduce, visits
-        partial = [np.zeros(layout.count, np.float32) for _ in range(_buffers(visits) - 1)]
-        self.buffers = [torch.from_numpy(buffer) for buffer in [self.reduced, *partial]]
-        self.own = self.buffers[0][own]
+        whole = bridge.tensor(self.reduced, torch.float32)
+        self.buffers = [whole, *(torch.zeros_like(whole) for _ in range(_buffers(visits) - 1))]
+        self.own, self.values = whole[own], self.reduced[own]
         self.nbytes = len(self.buffers) * self.reduced.nbytes
 
     def visit(self, member: Member, slot: int, gradient: torch.Tensor | None) -> None:
@@ -81,7 +84,7 @@ class Whole:
         """As Gradients; it is called for the last slot only."""
         return lambda: self._reduce(self.reduced)
 
-    def departed(self, slot: int, future: Future[Any]) -> None:
+    def departed(self, slot: int, future: Call) -> None:
         """As Gradients."""
 
 
@@ -91,19 +94,18 @@ class Room:
     def __init__(self, most: int, collective: Any, worker: Worker | Inline) -> None:
         self.memory, self.worker = collective.allocate(most, np.float32), worker
         self.filling = False
-        self.leaving: Future[Any] | None = None
+        self.leaving: Call | None = None
 
-    def take(self, length: int) -> np.ndarray | None:
+    def take(self, length: int) -> Any:
         """`length` elements, once what was there is through; None while another bucket fills it."""
         if self.filling:
             return None
         if self.leaving is not None:
             self.worker.until(self.leaving)
         self.filling, self.leaving = True, None
-        taken: np.ndarray = self.memory[:length]
-        return taken
+        return self.memory[:length]
 
-    def leave(self, future: Future[Any]) -> None:
+    def leave(self, future: Call) -> None:
         """What is there will be through when `future` is."""
         self.filling, self.leaving = False, future
 
@@ -113,27 +115,28 @@ class Passing:
 
     def __init__(self, layout: Layout, collective: Any, own: slice, visits: Sequence[Visit], room: Room) -> None:
         self.layout, self.collective, self.segment, self.visits, self.room = layout, collective, own, visits, room
-        self.sums = [torch.zeros(own.stop - own.start) for _ in range(_buffers(visits))]
-        self.own = self.sums[0]
+        self.sums = [torch.zeros(own.stop - own.start, device=collective.device.torch)
+                     for _ in range(_buffers(visits))]
+        self.own, self.values = self.sums[0], bridge.array(self.sums[0])
         self.nbytes = sum(total.nbytes for total in self.sums)
-        self.places: dict[int, np.ndarray] = {}     # by slot: a backward pass in two halves has several under way
+        self.places: dict[int, Any] = {}     # by slot: a backward pass in two halves has several under way
         self.in_room: int | None = None             # the slot whose place is there
 
     def visit(self, member: Member, slot: int, gradient: torch.Tensor | None) -> None:
         """As Gradients."""
         if slot not in self.places:
             self.places[slot] = self._take(slot)
-        into = torch.from_numpy(self.places[slot][member.start:member.start + member.count])
+        into = bridge.tensor(self.places[slot][member.start:member.start + member.count], torch.float32)
         if gradient is None:
             into.zero_()
         else:
             into.copy_(gradient.reshape(-1))
 
-    def _take(self, slot: int) -> np.ndarray:
+    def _take(self, slot: int) -> Any:
         """A place for a slot; gaps between members are zero. Memory of its own where the room is in use."""
         place = self.room.take(self.layout.count)
         if place is None:
-            place = arrays.zeros(self.layout.count, np.float32)
+            place = self.collective.device.zeros(self.layout.count, np.float32)
         else:
             self.in_room = slot
         for gap in self.layout.gaps():
@@ -146,10 +149,10 @@ class Passing:
 
         def pass_on() -> None:
             self.collective.reduce_scatter(place)
-            count(self.sums, slice(None), self.visits[slot], torch.from_numpy(place[self.segment]))
+            count(self.sums, slice(None), self.visits[slot], bridge.tensor(place[self.segment], torch.float32))
         return pass_on
 
-    def departed(self, slot: int, future: Future[Any]) -> None:
+    def departed(self, slot: int, future: Call) -> None:
         """As Gradients."""
         if slot == self.in_room:
             self.in_room = None

@@ -34,6 +34,12 @@ class Arrived:
     own: torch.Tensor
     nbytes: int
 
+    @property
+    def values(self) -> np.ndarray:
+        """As Summed."""
+        found: np.ndarray = self.own.numpy()
+        return found
+
 
 class Held(Segment):
     """The segment of a bucket that this server holds.

@@ -13,14 +13,13 @@ resizing them to nothing (arXiv 2304.11277).
 from __future__ import annotations
 
 import mmap
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpilm import bridge
-from mpilm.comm.worker import Inline, Worker
+from mpilm.comm.worker import Call, Inline, Worker
 
 
 class Kept:
@@ -38,7 +37,8 @@ class Kept:
         self.array = collective.allocate_common(count, bridge.array_dtype(dtype))
         self.flat = bridge.tensor(self.array, dtype)
         self.shard = self.flat[own]
-        self.masters = self.shard if dtype == torch.float32 else torch.zeros(own.stop - own.start)
+        self.masters = (self.shard if dtype == torch.float32
+                        else torch.zeros(own.stop - own.start, device=collective.device.torch))
         self.nbytes = self.array.nbytes // collective.owners.size
         self.own_bytes = 0 if self.masters is self.shard else self.masters.nbytes
 
@@ -76,7 +76,7 @@ class Gathered:
         self.flat = bridge.tensor(self.array, dtype)
         self.masters = self.shard = torch.zeros(own.stop - own.start)
         self.nbytes, self.own_bytes = 0, self.masters.nbytes
-        self.coming: Future[Any] | None = None
+        self.coming: Call | None = None
         self.used = False
 
     def fetch(self) -> None:

@@ -8,6 +8,7 @@ Ranks that share no memory each hold a copy of everything and compute the same u
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from mpi4py import MPI
 
 from mpilm import ulfm
+from mpilm.comm import arrays
 from mpilm.comm.node import Node
+from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import Flat, Update
 from mpilm.sync._buckets import MASTERS, Read, Replica, Run
@@ -53,8 +56,12 @@ class Allreduce(Summing[Replica]):
         visits = (tree_visits if reproducible else running_visits)(num_slots)
         layouts = lay_out(described(parameters, decayed), int(bucket_mib * 2**20 / FLOAT_BYTES),
                           owners=self.owners.comm.size)
+        counts = [layout.count // BLOCK for layout in layouts]
+        self.blocks = self.owners.allocate_common(sum(counts), np.float64, collective.device)
         buckets = [Replica(layout, collective, compress(layout, collective, collective.reduce), self.owners,
-                           states=update.STATES, dtype=dtype, visits=visits, repeated=repeated) for layout in layouts]
+                           self.blocks[stop - count:stop], states=update.STATES, dtype=dtype, visits=visits,
+                           repeated=repeated)
+                   for layout, count, stop in zip(layouts, counts, accumulate(counts), strict=True)]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)
         outlived = ulfm.active() and self.owners.comm.size > 1
         self.journal = Journal(self.owners, len(update.STATES)) if outlived else None
@@ -85,7 +92,7 @@ class Allreduce(Summing[Replica]):
 
     def _blocks(self) -> np.ndarray:
         self.owners.comm.Barrier()
-        return np.concatenate([np.empty(0), *(bucket.blocks for bucket in self.buckets)])
+        return arrays.fetch(self.blocks)
 
     def _agree(self) -> None:
         self.owners.comm.Barrier()

@@ -22,6 +22,7 @@ from mpi4py import MPI
 
 from mpilm import bridge
 from mpilm.comm import arrays, order, p2p
+from mpilm.comm.devices import Array
 from mpilm.comm.roles import Roles
 from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import Update
@@ -38,9 +39,11 @@ from mpilm.sync._synchronizer import Synchronizer, nothing
 class Pulled:
     """A worker's bucket: weights that come from servers, gradients that go there.
 
+    On a GPU both have a copy in pinned memory of the host, which is what travels.
+
     Attributes:
         flat: [count], what the model computes with.
-        array: The same memory.
+        array: Where weights arrive: the same memory, or the host's.
     """
 
     gradients: Gradients
@@ -49,19 +52,27 @@ class Pulled:
                  visits: Sequence[Visit]) -> None:
         self.layout, self.roles, self.compress = layout, roles, compress
         self.cut = order.segments(layout.count, roles.servers)
-        self.array = arrays.zeros(layout.count, bridge.array_dtype(dtype))
-        self.flat = bridge.tensor(self.array, dtype)
+        device, bits = roles.device, bridge.array_dtype(dtype)
+        host = arrays.zeros if device.shares else device.pinned
+        self.array = host(layout.count, bits)
+        self.weights = self.array if device.shares else device.zeros(layout.count, bits)
+        self.flat = bridge.tensor(self.weights, dtype)
         shared = roles.places(layout.count, wanted=compress.way is None)[roles.side.rank]
-        self.gradients = Whole(layout, lambda count, dtype: arrays.zeros(count, dtype) if shared is None else shared,
-                               self._push, slice(0, layout.count), visits)
-        self.pushes = [Push(self.gradients.reduced[piece], layout.runs_in(piece), compress.codec,
+        self.outgoing = host(layout.count, np.float32) if shared is None else shared
+        self.gradients = Whole(
+            layout, lambda count, dtype: self.outgoing if device.shares else device.zeros(count, dtype), self._push,
+            slice(0, layout.count), visits)
+        self.pushes = [Push(self.outgoing[piece], layout.runs_in(piece), compress.codec,
                             seen=shared is not None and roles.near(server)) for server, piece in enumerate(self.cut)]
 
     def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
         """As Leaving."""
         return self.gradients.depart(slot)
 
-    def _push(self, gradients: np.ndarray) -> None:
+    def _push(self, gradients: Array) -> None:
+        if gradients is not self.outgoing:
+            self.roles.device.to_host(gradients, self.outgoing)
+            self.roles.device.settle()
         ledger = p2p.Ledger()
         for server, push in enumerate(self.pushes):
             for part in push.messages(coded=self.compress.begun):
@@ -73,6 +84,11 @@ class Pulled:
         for server, piece in enumerate(self.cut):
             for part in arrays.messages(self.array[piece]):
                 ledger.receive(self.roles.comm, part, source=server, tag=p2p.TAG_PULL)
+
+    def pulled(self) -> None:
+        """It has arrived; the model's next pass finds it."""
+        if self.weights is not self.array:
+            self.roles.device.to_device(self.array, self.weights)
 
 
 class ParameterServer(Synchronizer[Pulled]):
@@ -119,6 +135,8 @@ class ParameterServer(Synchronizer[Pulled]):
         for bucket in self.buckets:
             bucket.pull(ledger)
         ledger.wait()
+        for bucket in self.buckets:
+            bucket.pulled()
         self.reply = Reply.from_array(told)
 
     def done(self, step: int) -> float:

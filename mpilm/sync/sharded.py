@@ -21,6 +21,7 @@ would not gather and scatter in step. This is said at the start.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +29,8 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpilm.comm import arrays
+from mpilm.comm.devices import Array
 from mpilm.comm.order import BLOCK, segments
 from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import Update
@@ -69,14 +72,20 @@ class Sharded(Summing[Shard]):
                  repeated: Collection[str] = ()) -> None:
         self.collective, self.compress, self.dtype, self.states = collective, compress, dtype, update.STATES
         self.repeated = repeated
-        self.level = _possible(level, collective.comm, num_slots)
+        self.level = _possible(level, collective, num_slots)
         self.tally = Tally()
         self.visits = (tree_visits if reproducible else running_visits)(num_slots)
         sizes = described(parameters, decayed)
         layouts = (lay_out(sizes, int(bucket_mib * MIB / FLOAT_BYTES), owners=collective.comm.size)
                    if self.level == 1 else lay_out_modules(sizes, owners=collective.comm.size))
         self.rooms = self._build_rooms(layouts, worker)
-        buckets = [self._build(layout, worker, number) for number, layout in enumerate(layouts)]
+        comm = collective.comm
+        owns = [segments(layout.count, comm.size)[comm.rank] for layout in layouts]
+        counts = [(own.stop - own.start) // BLOCK for own in owns]
+        self.squares = collective.device.zeros(sum(counts), np.float64)
+        buckets = [self._build(layout, own, self.squares[stop - count:stop], worker, number)
+                   for number, (layout, own, count, stop)
+                   in enumerate(zip(layouts, owns, counts, accumulate(counts), strict=True))]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots, every_slot=self.level > 1)
         self.presence = self._build_presence(parameters)
         say(f"sharded, level {self.level}: rank 0 holds "
@@ -88,9 +97,8 @@ class Sharded(Summing[Shard]):
         turns = [[layout.count for layout in layouts[first::NUM_ROOMS]] for first in range(NUM_ROOMS)]
         return [Room(max(counts), self.collective, worker) for counts in turns if counts and self.level > 1]
 
-    def _build(self, layout: Layout, worker: Worker | Inline, number: int) -> Shard:
+    def _build(self, layout: Layout, own: slice, squares: Array, worker: Worker | Inline, number: int) -> Shard:
         comm = self.collective.comm
-        own = segments(layout.count, comm.size)[comm.rank]
         gradients: Gradients = (
             self._whole(layout, own) if self.level == 1
             else Passing(layout, self.collective, own, self.visits, self.rooms[number % NUM_ROOMS]))
@@ -98,7 +106,8 @@ class Sharded(Summing[Shard]):
         weights: Weights = (
             Gathered(layout.count, own, self.dtype, self.collective, worker, self.tally) if gathers
             else Kept(layout.count, own, self.dtype, self.collective, worker))
-        return Shard(layout, own, gradients, weights, states=self.states, repeated=self.repeated)
+        return Shard(layout, own, gradients, weights, squares, states=self.states, repeated=self.repeated,
+                     device=self.collective.device)
 
     def _whole(self, layout: Layout, own: slice) -> Whole:
         reduce = self.compress(layout, self.collective, self.collective.reduce_scatter)
@@ -125,7 +134,7 @@ class Sharded(Summing[Shard]):
 
     def _blocks(self) -> np.ndarray:
         comm = self.collective.comm
-        mine = np.concatenate([np.empty(0), *(bucket.squares for bucket in self.buckets)])
+        mine = arrays.fetch(self.squares)
         cuts = [segments(bucket.layout.count, comm.size) for bucket in self.buckets]
         counts = [sum(cut[rank].stop - cut[rank].start for cut in cuts) // BLOCK for rank in range(comm.size)]
         everyone = np.empty(sum(counts))
@@ -166,9 +175,13 @@ class Sharded(Summing[Shard]):
                 + sum(room.memory.nbytes for room in self.rooms)}
 
 
-def _possible(level: int, comm: MPI.Comm, num_slots: int) -> int:
-    """The level, or 1 where the ranks have different numbers of slots; says so."""
-    slots = comm.allgather(num_slots)
+def _possible(level: int, collective: Any, num_slots: int) -> int:
+    """The level, or 1 where the ranks have different numbers of slots, or 2 on a device that can't give back the memory
+    of weights and keep their address; says so."""
+    slots = collective.comm.allgather(num_slots)
+    if level == 3 and not collective.device.shares:
+        warn("--sync.level 3: weights come and go on CPUs only; on GPUs level 2 it is.")
+        level = 2
     if level == 1 or len(set(slots)) == 1:
         return level
     warn(f"--sync.level {level}: the ranks have {', '.join(map(str, slots))} micro-batches of a step, and levels above "

@@ -8,15 +8,17 @@ from mpi4py import MPI
 from mpilm.comm import collectives, order
 from mpilm.comm.collectives import Collective
 from mpilm.comm.node import Node
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.log import UserError
 
 DTYPES = ("float32", "float64", "int64")
 
 
-def build(name: str, comm: MPI.Comm, node: Node, *, reproducible: bool = False) -> Collective | None:
-    """The collective, or None where it says that it cannot work on so many ranks."""
+def build(name: str, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
+          transport: Transport = ON_HOST) -> Collective | None:
+    """The collective, or None where it says that it cannot work on so many ranks, or by this transport."""
     try:
-        return collectives.get(name)(comm, node, reproducible=reproducible)
+        return collectives.get(name)(comm, node, reproducible=reproducible, transport=transport)
     except UserError:
         return None
 

@@ -65,7 +65,7 @@ def test_long_gradients_are_sent_in_pieces(comm, monkeypatch):
 
 def test_without_a_second_thread_the_bits_are_the_same(comm, monkeypatch):
     """Gradients are pushed after the backward pass then."""
-    monkeypatch.setattr(connect, "worker", lambda world, mesh: Inline())
+    monkeypatch.setattr(connect, "worker", lambda *_: Inline())
     everywhere(comm, same(alone(configuration()), server_cases.train(with_servers(1))))
 
 

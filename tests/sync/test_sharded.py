@@ -95,7 +95,7 @@ def test_compiled_code_has_the_bits_of_one_rank(comm):
 @every_level
 def test_without_a_second_thread_the_bits_are_the_same(level, comm, monkeypatch):
     """An MPI that is called from one thread only gathers when weights are needed."""
-    monkeypatch.setattr(connect, "worker", lambda world, mesh: Inline())
+    monkeypatch.setattr(connect, "worker", lambda *_: Inline())
     collective = "tree" if power_of_two(comm.size) else "shared"
     everywhere(comm, same(alone(configuration()), parallel(sharded(collective, level))))
 

@@ -18,6 +18,8 @@ import numpy as np
 from mpi4py import MPI
 
 from mpilm.comm import arrays, order, p2p
+from mpilm.comm.devices import Array
+from mpilm.comm.transport import ON_HOST, Transport
 
 
 class Across:
@@ -27,19 +29,21 @@ class Across:
         peers: One rank of every node, in the order of the nodes.
         leaves: For every node, the subtrees of order.tree(size) that it has summed by itself.
         size: Ranks in all.
+        transport: Of the arrays.
     """
 
-    def __init__(self, peers: MPI.Comm, leaves: Sequence[Sequence[range]], size: int) -> None:
-        self.peers = peers
+    def __init__(self, peers: MPI.Comm, leaves: Sequence[Sequence[range]], size: int,
+                 transport: Transport = ON_HOST) -> None:
+        self.peers, self.transport = peers, transport
         self.owner = [index for index, mine in enumerate(leaves) for _ in mine]
         self.steps = order.tree_of(size, [leaf for mine in leaves for leaf in mine])
 
     @classmethod
-    def over(cls, comm: MPI.Comm) -> Across:
+    def over(cls, comm: MPI.Comm, transport: Transport = ON_HOST) -> Across:
         """Every rank of `comm` has one value; they are summed in the order of order.tree."""
-        return cls(comm, [[range(rank, rank + 1)] for rank in range(comm.size)], comm.size)
+        return cls(comm, [[range(rank, rank + 1)] for rank in range(comm.size)], comm.size, transport)
 
-    def sum(self, values: Sequence[np.ndarray], out: np.ndarray) -> None:
+    def sum(self, values: Sequence[Array], out: Array) -> None:
         """Put the sum over all nodes into `out`, which may be one of `values`. Collective over `peers`.
 
         Args:
@@ -50,31 +54,31 @@ class Across:
         self.scatter(values, cut, out)
         self.spread(out, [cut])
 
-    def scatter(self, values: Sequence[np.ndarray], cut: Sequence[slice], out: np.ndarray) -> None:
+    def scatter(self, values: Sequence[Array], cut: Sequence[slice], out: Array) -> None:
         """Stage 1 alone: out[cut[r]] becomes the sum on peer r. Collective over `peers`."""
         total = self._gather(values, cut)
         for into, other in self.steps:
             np.add(total[into], total[other], out=total[into])
         out[cut[self.peers.rank]] = total[0]
 
-    def spread(self, out: np.ndarray, cuts: Iterable[Sequence[slice]]) -> None:
+    def spread(self, out: Array, cuts: Iterable[Sequence[slice]]) -> None:
         """Stage 2 alone: out[cut[r]] of peer r goes to everyone, for every cut. Collective over `peers`."""
-        ledger = p2p.Ledger()
+        ledger = self.transport.ledger()
         for cut in cuts:
             for rank in self._others():
                 ledger.receive(self.peers, out[cut[rank]], source=rank, tag=p2p.TAG_ACROSS)
                 ledger.send(self.peers, out[cut[self.peers.rank]], dest=rank, tag=p2p.TAG_ACROSS)
         ledger.wait()
 
-    def _gather(self, values: Sequence[np.ndarray], cut: Sequence[slice]) -> list[np.ndarray]:
+    def _gather(self, values: Sequence[Array], cut: Sequence[slice]) -> list[Array]:
         """My part of every leaf's value, in the order of the leaves; a copy, so that it can be added to."""
         mine, own = cut[self.peers.rank], iter(values)
-        ledger, total = p2p.Ledger(), []
+        ledger, total = self.transport.ledger(), []
         for rank in self.owner:
             if rank == self.peers.rank:
                 total.append(next(own)[mine].copy())
             else:
-                total.append(np.empty(mine.stop - mine.start, values[0].dtype))
+                total.append(self.transport.device.empty(mine.stop - mine.start, values[0].dtype))
                 ledger.receive(self.peers, total[-1], source=rank, tag=p2p.TAG_ACROSS)
         for rank in self._others():
             for value in values:
@@ -93,20 +97,21 @@ class SwapNodes:
     Args:
         comm: All ranks.
         members: For every node, its ranks.
+        transport: Of the buffer.
     """
 
-    def __init__(self, comm: MPI.Comm, members: Sequence[Sequence[int]]) -> None:
-        self.comm = comm
+    def __init__(self, comm: MPI.Comm, members: Sequence[Sequence[int]], transport: Transport = ON_HOST) -> None:
+        self.comm, self.transport = comm, transport
         here = next(ranks for ranks in members if comm.rank in ranks)
         mine = here.index(comm.rank)
         others = [ranks for ranks in members if ranks is not here]
         self.to = [ranks[mine % len(ranks)] for ranks in others]
         self.of = [rank for ranks in others for place, rank in enumerate(ranks) if place % len(here) == mine]
 
-    def run(self, buffer: np.ndarray) -> None:
+    def run(self, buffer: Array) -> None:
         """Put every node's segments of `buffer` in their places on the others. Collective over `comm`."""
         cut = order.segments(len(buffer), self.comm.size)
-        ledger = p2p.Ledger()
+        ledger = self.transport.ledger()
         for piece in order.pieces(cut, arrays.MESSAGE_BYTES // buffer.itemsize):
             for rank in self.of:
                 ledger.receive(self.comm, buffer[piece[rank]], source=rank, tag=p2p.TAG_ACROSS)

@@ -20,6 +20,8 @@ import numpy as np
 from mpi4py import MPI
 
 from mpilm.comm import arrays, p2p
+from mpilm.comm.devices import Array
+from mpilm.comm.transport import ON_HOST, Transport
 
 WHOLE_BYTES = 4 * 2**20  # a buffer up to this length is one block
 
@@ -45,22 +47,24 @@ class Pipeline:
         schedule: The stages of a block of a given length.
         segment_bytes: Length of a block for each rank of `comm`.
         tag: Of all messages.
+        transport: Of the buffers.
     """
 
-    def __init__(self, comm: MPI.Comm, schedule: Schedule, *, segment_bytes: int, tag: int) -> None:
-        self.comm = comm
-        self.tag = tag
-        self.block_bytes = segment_bytes * comm.size
+    def __init__(self, comm: MPI.Comm, schedule: Schedule, *, segment_bytes: int, tag: int,
+                 transport: Transport = ON_HOST) -> None:
+        self.comm, self.tag, self.transport = comm, tag, transport
+        self.whole_bytes = transport.device.grain * WHOLE_BYTES
+        self.block_bytes = transport.device.grain * segment_bytes * comm.size
         self._stages = cache(lambda length: schedule(length, comm.rank, comm.size))
-        self._space = [np.empty(0, np.uint8)] * 2
+        self._space = [transport.device.empty(0, np.uint8)] * 2
 
-    def run(self, buffer: np.ndarray) -> None:
+    def run(self, buffer: Array) -> None:
         """Take every block of a 1-D buffer through all its stages. Collective over `comm`."""
-        length = max(1, len(buffer)) if buffer.nbytes <= WHOLE_BYTES else self.block_bytes // buffer.itemsize
+        length = max(1, len(buffer)) if buffer.nbytes <= self.whole_bytes else self.block_bytes // buffer.itemsize
         blocks = [buffer[cut] for cut in arrays.chunks(0, len(buffer), length)]
         self.play([(block, self._stages(len(block))) for block in blocks])
 
-    def play(self, blocks: Sequence[tuple[np.ndarray, Sequence[Stage]]]) -> None:
+    def play(self, blocks: Sequence[tuple[Array, Sequence[Stage]]]) -> None:
         """Take blocks, each an array object of its own, through as many stages each. Collective over `comm`."""
         before: _Exchange | None = None
         for turn, (block, stage) in enumerate(_items(blocks)):
@@ -74,22 +78,22 @@ class Pipeline:
         if before:
             before.finish()
 
-    def _start(self, block: np.ndarray, stage: Stage, parity: int) -> _Exchange:
+    def _start(self, block: Array, stage: Stage, parity: int) -> _Exchange:
         """Post one stage's messages. What is to be added lands beside the block, the rest in place."""
         mine = block[stage.receive]
         landing = self._landing(mine, parity) if stage.add else mine
-        ledger = p2p.Ledger()
+        ledger = self.transport.ledger()
         ledger.receive(self.comm, landing, source=stage.source, tag=self.tag)
         ledger.send(self.comm, block[stage.send], dest=stage.dest, tag=self.tag)
         return _Exchange(block, mine, landing, ledger)
 
-    def _landing(self, mine: np.ndarray, parity: int) -> np.ndarray:
+    def _landing(self, mine: Array, parity: int) -> Array:
         if len(self._space[parity]) < mine.nbytes:
-            self._space[parity] = arrays.zeros(mine.nbytes, np.uint8)
+            self._space[parity] = self.transport.device.zeros(mine.nbytes, np.uint8)
         return self._space[parity][: mine.nbytes].view(mine.dtype)
 
 
-def _items(blocks: Sequence[tuple[np.ndarray, Sequence[Stage]]]) -> Iterator[tuple[np.ndarray, Stage]]:
+def _items(blocks: Sequence[tuple[Array, Sequence[Stage]]]) -> Iterator[tuple[Array, Stage]]:
     """All stages of all blocks, those of blocks 0 and 1 in turns, then those of 2 and 3, ..."""
     for first in range(0, len(blocks), 2):
         pair = blocks[first : first + 2]
@@ -101,9 +105,9 @@ def _items(blocks: Sequence[tuple[np.ndarray, Sequence[Stage]]]) -> Iterator[tup
 class _Exchange(NamedTuple):
     """One stage of one block in flight."""
 
-    block: np.ndarray
-    mine: np.ndarray
-    landing: np.ndarray
+    block: Array
+    mine: Array
+    landing: Array
     ledger: p2p.Ledger
 
     def finish(self) -> None:

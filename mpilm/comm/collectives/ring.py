@@ -24,13 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from mpi4py import MPI
 
 from mpilm.comm import arrays, order, p2p
 from mpilm.comm.collectives._base import Collective
 from mpilm.comm.collectives._pipeline import Pipeline, Stage
+from mpilm.comm.devices import Array
 from mpilm.comm.node import Node
+from mpilm.comm.transport import ON_HOST, Transport
 
 Phase = Callable[[Sequence[slice], int], list[Stage]]  # (everyone's segments, rank) -> its stages
 SEGMENT_BYTES = 2**20  # measured: fewer, longer messages beat those that fit in a smaller cache
@@ -39,35 +40,36 @@ SEGMENT_BYTES = 2**20  # measured: fewer, longer messages beat those that fit in
 class Ring(Collective):
     """Sums along the ring of all ranks, for any number of ranks and elements."""
 
-    def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False) -> None:
-        super().__init__(comm, node, reproducible=reproducible)
-        self._pipeline = over(self.comm)
+    def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
+                 transport: Transport = ON_HOST) -> None:
+        super().__init__(comm, node, reproducible=reproducible, transport=transport)
+        self._pipeline = over(self.comm, transport)
 
-    def allreduce(self, buffer: np.ndarray) -> None:
+    def allreduce(self, buffer: Array) -> None:
         """As Collective."""
         self.check(buffer)
         self._pipeline.run(buffer)
 
-    def reduce_scatter(self, buffer: np.ndarray) -> None:
+    def reduce_scatter(self, buffer: Array) -> None:
         """As Collective."""
         self.check(buffer)
         self._play(buffer, scatter_stages)
 
-    def allgather(self, buffer: np.ndarray) -> None:
+    def allgather(self, buffer: Array) -> None:
         """As Collective."""
         self.check(buffer, allowed=arrays.MOVED)
         self._play(buffer, gather_stages)
 
-    def _play(self, buffer: np.ndarray, stages: Phase) -> None:
+    def _play(self, buffer: Array, stages: Phase) -> None:
         """One phase over all of `buffer`, SEGMENT_BYTES of every segment at a time."""
         cut = order.segments(len(buffer), self.comm.size)
         self._pipeline.play([(buffer[:], stages(piece, self.comm.rank))
-                             for piece in order.pieces(cut, SEGMENT_BYTES // buffer.itemsize)])
+                             for piece in order.pieces(cut, self.device.grain * SEGMENT_BYTES // buffer.itemsize)])
 
 
-def over(comm: MPI.Comm) -> Pipeline:
+def over(comm: MPI.Comm, transport: Transport = ON_HOST) -> Pipeline:
     """The ring over the ranks of `comm`."""
-    return Pipeline(comm, stages, segment_bytes=SEGMENT_BYTES, tag=p2p.TAG_RING)
+    return Pipeline(comm, stages, segment_bytes=SEGMENT_BYTES, tag=p2p.TAG_RING, transport=transport)
 
 
 def stages(length: int, rank: int, size: int) -> list[Stage]:

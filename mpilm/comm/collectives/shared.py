@@ -18,6 +18,10 @@ leaves out 4. `reduce_scatter` differs between nodes: there a rank makes its nod
 own, one on every node, and sends each of them its own. Nobody but rank r touches slice r between the barriers, so sums
 are made in place.
 
+On a device each rank opens the others' buffers (peers.py), and the same is done in one kernel; a meeting (meet.py)
+takes the place of a barrier. Memory in common there is none: each rank owns all of its buffer, and what is gathered
+each copies from where it lies.
+
 A buffer that `allocate` did not make goes through a scratch area of bounded size: copy in, sum, copy out, three
 chunks under way at a time. What is gathered may be one buffer that all ranks of a node see (`allocate_common`): its
 segments come once to every node. Nodes of different sizes: as many ranks of a node sum as the smallest node has.
@@ -32,12 +36,16 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpilm.comm import arrays, order, p2p
+from mpilm.comm import arrays, order
 from mpilm.comm.collectives import ring
 from mpilm.comm.collectives._across import Across, SwapNodes
+from mpilm.comm.collectives._allocations import Allocations
 from mpilm.comm.collectives._base import Collective
-from mpilm.comm.collectives._local import CHUNK_BYTES, LocalSum
+from mpilm.comm.devices import Array
+from mpilm.comm.meet import Meet
 from mpilm.comm.node import Node, SharedMemoryError
+from mpilm.comm.peers import Peers
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.log import UserError, warn
 
 T = TypeVar("T")
@@ -49,28 +57,32 @@ class Shared(Collective):
     """Sums in node-shared memory, for any number of ranks, nodes and elements.
 
     Attributes:
-        owners: The ranks of my node: each holds one slice of a reduced buffer.
+        owners: The ranks of my node, where they can have memory in common: each holds one slice of a reduced buffer.
     """
 
     fixed_order = True
 
-    def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False) -> None:
+    def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
+                 transport: Transport = ON_HOST) -> None:
         """As Collective.
 
         Raises:
             SharedMemoryError: On all ranks of `comm`: a node cannot even share the scratch area.
             UserError: Reproducible mode, and the ranks are not dealt to the nodes in contiguous runs.
         """
-        super().__init__(comm, node, reproducible=reproducible)
-        self.owners = node.comm
+        super().__init__(comm, node, reproducible=reproducible, transport=transport)
+        if self.device.shares:
+            self.owners = node.comm
         self._local = node.comm.Dup()
+        self._meet = Meet(self._local, self.device)
+        self._opened = None if self.device.shares else Peers(self._local, self.device)
         self._peers = node.peers.Dup()
         self._workers = min(len(ranks) for ranks in node.members)
         self._plan(comm.size, reproducible=reproducible)
-        self._allocations: list[list[np.ndarray]] = []
-        self._commons: list[np.ndarray] = []
-        self._found: dict[tuple[int, int, np.dtype], tuple[list[np.ndarray], int]] = {}
-        self._stages = self._agreed(3 * STAGE_BYTES, np.uint8)
+        self._allocations = Allocations(self._local.rank, self.device.array)
+        self._commons: list[Array] = []
+        self._stage_bytes = self.device.grain * STAGE_BYTES
+        self._stages = self._agreed(3 * self._stage_bytes, np.uint8)
 
     def _plan(self, size: int, *, reproducible: bool) -> None:
         """Fix the order of all sums: inside the node, then between nodes."""
@@ -86,27 +98,30 @@ class Shared(Collective):
             for first, ranks in zip(firsts, members, strict=True)
         ]
         here = self.node.index
-        self._sum_local = LocalSum(leaves[here], first=firsts[here], size=self._local.size,
-                                   mine=self._local.rank)
+        self._sum_local = self.device.local_sum(leaves[here], first=firsts[here], size=self._local.size,
+                                                mine=self._local.rank)
         many = len(members) > 1
-        self._across = Across(self._peers, leaves, size) if many and reproducible else None
-        self._ring = ring.over(self._peers) if many and not reproducible else None
-        self._scatter = self._across or Across.over(self._peers) if many else None
+        by = self.transport
+        self._across = Across(self._peers, leaves, size, by) if many and reproducible else None
+        self._ring = ring.over(self._peers, by) if many and not reproducible else None
+        self._scatter = self._across or Across.over(self._peers, by) if many else None
         self._column = self._peers.allgather(self.comm.rank)
-        self._swap = SwapNodes(self.comm, members)
+        self._swap = SwapNodes(self.comm, members, by)
 
-    def allocate(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
+    def allocate(self, count: int, dtype: npt.DTypeLike) -> Array:
         """My part of node-shared memory, zeroed; ordinary memory, said so, where a node cannot share so much."""
         try:
             parts = self._agreed(count, dtype)
         except SharedMemoryError as error:
             warn(f"{error} Gradients go through a scratch area instead, which is slower.")
-            return arrays.zeros(count, dtype)
-        self._allocations.append(parts)
-        return parts[self._local.rank]
+            return self.device.zeros(count, dtype)
+        return self._allocations.add(parts)
 
-    def allocate_common(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
-        """One buffer for all ranks of a node; ordinary memory, said so, where a node cannot share so much."""
+    def allocate_common(self, count: int, dtype: npt.DTypeLike) -> Array:
+        """One buffer for all ranks of a node; ordinary memory, said so, where a node cannot share so much. On a device
+        as `allocate`."""
+        if self._opened is not None:
+            return self.allocate(count, dtype)
         try:
             buffer = self._agree(lambda: self.node.allocate_common(count, dtype))
         except SharedMemoryError as error:
@@ -115,132 +130,137 @@ class Shared(Collective):
         self._commons.append(buffer)
         return buffer
 
-    def allreduce(self, buffer: np.ndarray) -> None:
+    def allreduce(self, buffer: Array) -> None:
         """As Collective."""
         self._run(buffer, everywhere=True)
 
-    def reduce(self, buffer: np.ndarray) -> None:
-        """As Collective; rank r of the node holds order.segments(count, node.comm.size)[r] of the sum."""
-        self._run(buffer, everywhere=False)
+    def reduce(self, buffer: Array) -> None:
+        """As Collective; rank r of `owners` holds order.segments(count, owners.size)[r] of the sum."""
+        self._run(buffer, everywhere=self._opened is not None)
 
-    def reduce_scatter(self, buffer: np.ndarray) -> None:
+    def reduce_scatter(self, buffer: Array) -> None:
         """As Collective. Between nodes of different sizes everyone gets everything."""
         if self._workers != max(len(ranks) for ranks in self.node.members):
             self.allreduce(buffer)
             return
-        parts, where = self._find(buffer)
+        parts, where = self._allocations.find(buffer)
         if not self.check(buffer, where) or where < 0:
             self._through_stages(buffer)
             return
+        self._meet_if_opened()
         self._scatter_parts(parts)
-        p2p.barrier(self._local)
+        self._meet()
 
-    def allgather(self, buffer: np.ndarray) -> None:
+    def allgather(self, buffer: Array) -> None:
         """As Collective; only between the nodes for a buffer that all ranks of a node see."""
+        if self._opened is not None:
+            self._gather_opened(buffer)
+            return
         if not self._is_common(buffer):
             super().allgather(buffer)
             return
         self.check(buffer, allowed=arrays.MOVED)
         self._swap.run(buffer)
-        p2p.barrier(self._local)
+        self._meet()
 
-    def _is_common(self, buffer: np.ndarray) -> bool:
+    def _gather_opened(self, buffer: Array) -> None:
+        """Copy what the ranks of my node have from where it lies, and what other nodes have from messages."""
+        parts, where = self._allocations.find(buffer, arrays.MOVED)
+        same = self.check(buffer, where, allowed=arrays.MOVED)
+        if not same or where < 0 or self.node.num_nodes > 1:
+            super().allgather(buffer)
+            return
+        self._meet()
+        for rank, cut in enumerate(order.segments(len(buffer), self.comm.size)):
+            if rank != self.comm.rank and cut.start < cut.stop:
+                buffer[cut] = parts[rank][cut]
+        self._meet()
+
+    def _meet_if_opened(self) -> None:
+        """On a host, `check` was a barrier, and what was written before it is there. On a device it need not be."""
+        if self._opened is not None:
+            self._meet()
+
+    def _is_common(self, buffer: Array) -> bool:
         """Whether it is what `allocate_common` made: all of it, or it has a place of its own."""
         return arrays.code(buffer, arrays.MOVED) >= 0 and any(
             (arrays.address(buffer), buffer.nbytes) == (arrays.address(known), known.nbytes) for known in self._commons)
 
-    def seen(self, buffer: np.ndarray, owner: int) -> np.ndarray | None:
+    def seen(self, buffer: Array, owner: int) -> Array | None:
         """As Collective."""
-        parts, where = self._find(buffer)
+        parts, where = self._allocations.find(buffer)
         return parts[owner] if where >= 0 else None
 
     def free(self) -> None:
         """Give communicators and memory back. Collective over `comm`."""
+        if self._opened is not None:
+            self._opened.free()
         self._allocations.clear()
         self._commons.clear()
-        self._found.clear()
         self._peers.Free()
         self._local.Free()
         super().free()
 
-    def _run(self, buffer: np.ndarray, *, everywhere: bool) -> None:
-        parts, where = self._find(buffer)
+    def _run(self, buffer: Array, *, everywhere: bool) -> None:
+        parts, where = self._allocations.find(buffer)
         if not self.check(buffer, where) or where < 0:
             self._through_stages(buffer)
             return
+        self._meet_if_opened()
         self._sum_parts(parts, everywhere=everywhere)
-        p2p.barrier(self._local)
+        self._meet()
         if not everywhere and self._workers != self._local.size:
             self._pull(parts, buffer, order.segments(len(buffer), self._local.size)[self._local.rank])
-            p2p.barrier(self._local)
+            self._meet()
 
-    def _find(self, buffer: np.ndarray) -> tuple[list[np.ndarray], int]:
-        """The same stretch of every rank's part, and its place, if `buffer` lies in an allocation; else -1."""
-        if arrays.code(buffer) < 0 or not len(buffer):
-            return [], -1
-        key = (arrays.address(buffer), buffer.nbytes, buffer.dtype)
-        if key not in self._found:
-            found = self._search(buffer)
-            if found[1] < 0:
-                return found
-            self._found[key] = found
-        return self._found[key]
-
-    def _search(self, buffer: np.ndarray) -> tuple[list[np.ndarray], int]:
-        place = 0
-        for parts in self._allocations:
-            mine = parts[self._local.rank]
-            start = arrays.address(buffer) - arrays.address(mine)
-            if start >= 0 and start + buffer.nbytes <= mine.nbytes:
-                stretch = slice(start, start + buffer.nbytes)
-                return [part.view(np.uint8)[stretch].view(buffer.dtype) for part in parts], place + start
-            place += mine.nbytes
-        return [], -1
-
-    def _sum_parts(self, parts: Sequence[np.ndarray], *, everywhere: bool) -> None:
+    def _sum_parts(self, parts: Sequence[Array], *, everywhere: bool) -> None:
         """Sum my slice of all parts over all nodes into my part, or into everyone's (`everywhere`)."""
         if self._local.rank >= self._workers:
             return
         mine, itemsize = parts[self._local.rank], parts[0].itemsize
-        piece_bytes = PIECE_BYTES if self.node.num_nodes > 1 else CHUNK_BYTES
+        chunk_bytes, alone = self._sum_local.chunk_bytes, self.node.num_nodes == 1
+        piece_bytes = chunk_bytes if alone else max(chunk_bytes, self.device.grain * PIECE_BYTES)
         own = order.segments(len(mine), self._workers)[self._local.rank]
         for piece in arrays.chunks(own.start, own.stop, piece_bytes // itemsize):
-            for chunk in arrays.chunks(piece.start, piece.stop, CHUNK_BYTES // itemsize):
-                self._sum_local.sum(parts, chunk)
+            for chunk in arrays.chunks(piece.start, piece.stop, chunk_bytes // itemsize):
+                self._sum_local.sum(parts, chunk, spread=everywhere and alone)
+            if alone:
+                continue
             self._sum_nodes([parts[place][piece] for place in self._sum_local.places], mine[piece])
             for part in parts if everywhere else ():
                 if part is not mine:
                     part[piece] = mine[piece]
 
-    def _scatter_parts(self, parts: Sequence[np.ndarray]) -> None:
+    def _scatter_parts(self, parts: Sequence[Array]) -> None:
         """Sum my segment of all parts over all nodes into my part; on the way, my node's sums of my peers' segments."""
         whole = order.segments(len(parts[0]), self.comm.size)
         cut = [whole[rank] for rank in self._column]
         sums = [parts[place] for place in self._sum_local.places]
-        for piece in order.pieces(cut, PIECE_BYTES // parts[0].itemsize):
+        chunk_bytes = self._sum_local.chunk_bytes
+        for piece in order.pieces(cut, max(chunk_bytes, self.device.grain * PIECE_BYTES) // parts[0].itemsize):
             for part in piece:
-                for chunk in arrays.chunks(part.start, part.stop, CHUNK_BYTES // parts[0].itemsize):
+                for chunk in arrays.chunks(part.start, part.stop, chunk_bytes // parts[0].itemsize):
                     self._sum_local.sum(parts, chunk)
             if self._scatter:
                 self._scatter.scatter(sums, piece, parts[self._local.rank])
 
-    def _sum_nodes(self, values: Sequence[np.ndarray], out: np.ndarray) -> None:
+    def _sum_nodes(self, values: Sequence[Array], out: Array) -> None:
         """Sum this node's values over the nodes into `out`."""
         if self._across:
             self._across.sum(values, out)
         if self._ring:
             self._ring.run(out)
 
-    def _pull(self, parts: Sequence[np.ndarray], out: np.ndarray, wanted: slice) -> None:
+    def _pull(self, parts: Sequence[Array], out: Array, wanted: slice) -> None:
         """Copy the `wanted` elements of the sum from the parts of the ranks that made it."""
         for part, cut in zip(parts, order.segments(len(out), self._workers), strict=False):
             both = slice(max(cut.start, wanted.start), min(cut.stop, wanted.stop))
             if both.start < both.stop:
                 out[both] = part[both]
 
-    def _through_stages(self, buffer: np.ndarray) -> None:
+    def _through_stages(self, buffer: Array) -> None:
         """Sum any buffer through the scratch area: at tick t chunk t goes in, t-1 is summed, t-2 comes out."""
-        chunks = list(arrays.chunks(0, len(buffer), STAGE_BYTES // buffer.itemsize))
+        chunks = list(arrays.chunks(0, len(buffer), self._stage_bytes // buffer.itemsize))
         for tick in range(len(chunks) + 2):
             if tick < len(chunks):
                 self._stage(buffer, chunks[tick], tick)[self._local.rank][:] = buffer[chunks[tick]]
@@ -249,16 +269,17 @@ class Shared(Collective):
             if tick >= 2:
                 out = buffer[chunks[tick - 2]]
                 self._pull(self._stage(buffer, chunks[tick - 2], tick - 2), out, slice(0, len(out)))
-            p2p.barrier(self._local)
+            self._meet()
 
-    def _stage(self, buffer: np.ndarray, chunk: slice, turn: int) -> list[np.ndarray]:
+    def _stage(self, buffer: Array, chunk: slice, turn: int) -> list[Array]:
         """Everyone's part of the third of the scratch area that this turn uses."""
-        start = turn % 3 * STAGE_BYTES
+        start = turn % 3 * self._stage_bytes
         stretch = slice(start, start + (chunk.stop - chunk.start) * buffer.itemsize)
         return [part[stretch].view(buffer.dtype) for part in self._stages]
 
-    def _agreed(self, count: int, dtype: npt.DTypeLike) -> list[np.ndarray]:
-        return self._agree(lambda: self.node.allocate(count, dtype))
+    def _agreed(self, count: int, dtype: npt.DTypeLike) -> list[Array]:
+        allocate = self.node.allocate if self._opened is None else self._opened.allocate
+        return self._agree(lambda: allocate(count, dtype))
 
     def _agree(self, allocate: Callable[[], T]) -> T:
         """Memory on all nodes or on none. Raises SharedMemoryError on all ranks of `comm`."""

@@ -16,13 +16,14 @@ The number of ranks must be a power of two; there is no such tree over the other
 
 from __future__ import annotations
 
-import numpy as np
 from mpi4py import MPI
 
 from mpilm.comm import p2p
 from mpilm.comm.collectives._base import Collective
 from mpilm.comm.collectives._pipeline import Pipeline, Stage
+from mpilm.comm.devices import Array
 from mpilm.comm.node import Node
+from mpilm.comm.transport import ON_HOST, Transport
 
 SEGMENT_BYTES = 2**20  # a rank's own part of a block; measured, as in ring.py
 
@@ -40,11 +41,13 @@ class Tree(Collective):
         return (f"--sync.collective tree needs a power of two of ranks, and there are {ranks}. "
                 f"Choose --sync.collective shared or ring, or start {1 << ranks.bit_length() - 1} ranks.")
 
-    def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False) -> None:
-        super().__init__(comm, node, reproducible=reproducible)
-        self._pipeline = Pipeline(self.comm, stages, segment_bytes=SEGMENT_BYTES, tag=p2p.TAG_TREE)
+    def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
+                 transport: Transport = ON_HOST) -> None:
+        super().__init__(comm, node, reproducible=reproducible, transport=transport)
+        self._pipeline = Pipeline(self.comm, stages, segment_bytes=SEGMENT_BYTES, tag=p2p.TAG_TREE,
+                                  transport=transport)
 
-    def allreduce(self, buffer: np.ndarray) -> None:
+    def allreduce(self, buffer: Array) -> None:
         """As Collective."""
         self.check(buffer)
         self._pipeline.run(buffer)

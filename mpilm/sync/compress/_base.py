@@ -15,11 +15,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mpilm import bridge
 from mpilm.comm.collectives import Collective
+from mpilm.comm.devices import Array
 from mpilm.sync._layout import Layout
 from mpilm.sync.compress._exchange import Exchange
 from mpilm.sync.compress._packed import Packed
@@ -32,12 +33,14 @@ class Way(ABC):
 
     Attributes:
         OPTIONS: What of the section `sync` of the configuration the constructor takes.
+        on_gpus: It takes a GPU's buffers too.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ()
+    on_gpus: ClassVar[bool] = False
 
     @abstractmethod
-    def over(self, collective: Collective, layout: Layout) -> Callable[[np.ndarray], None]:
+    def over(self, collective: Collective, layout: Layout) -> Callable[[Array], None]:
         """Sums a float32 buffer that is laid out so in place, with residuals of its own, over `collective.comm`.
 
         All ranks end with the same bits. What is not finite on any rank makes the sum so, and leaves no residual.
@@ -48,14 +51,14 @@ class Way(ABC):
 class Codec(Way):
     """Float32 values <-> bytes. A value that is NaN or infinite makes at least one decoded value so."""
 
-    def over(self, collective: Collective, layout: Layout) -> Callable[[np.ndarray], None]:
+    def over(self, collective: Collective, layout: Layout) -> Callable[[Array], None]:
         """As Way: encoded segments go to their owners, and encoded sums to everyone."""
-        packed = Packed(layout.runs_in(slice(0, layout.count)))
-        exchange = Exchange(self, collective.comm, packed.count)
+        packed = Packed(layout.runs_in(slice(0, layout.count)), device=collective.device.torch)
+        exchange = Exchange(self, collective.comm, packed.count, collective.device)
 
-        def reduce(buffer: np.ndarray) -> None:
-            flat = torch.from_numpy(buffer)
-            exchange.reduce(packed.gather(flat).numpy())
+        def reduce(buffer: Array) -> None:
+            flat = bridge.tensor(buffer, torch.float32)
+            exchange.reduce(bridge.array(packed.gather(flat)))
             packed.spread(flat)
         return reduce
 
@@ -76,17 +79,17 @@ class Codec(Way):
         whole, rest = divmod(count, CHUNK)
         return whole * self.chunk_size(CHUNK) + (self.chunk_size(rest) if rest else 0)
 
-    def encode(self, values: Tensor, data: np.ndarray) -> None:
+    def encode(self, values: Tensor, data: Array) -> None:
         """Encode 1-D float32 `values` into `data`, `size(values.numel())` bytes."""
         for part, code in self._chunks(values, data):
             self.encode_chunk(part, code)
 
-    def decode(self, data: np.ndarray, values: Tensor) -> None:
+    def decode(self, data: Array, values: Tensor) -> None:
         """Fill 1-D float32 `values` from `data`."""
         for part, code in self._chunks(values, data):
             self.decode_chunk(code, part)
 
-    def squeeze(self, values: Tensor, residual: Tensor, data: np.ndarray) -> None:
+    def squeeze(self, values: Tensor, residual: Tensor, data: Array) -> None:
         """Encode `values` + `residual`; afterwards `values` is what the other side decodes and `residual` the rest."""
         for (part, code), (rest, _) in zip(self._chunks(values, data), self._chunks(residual, data), strict=True):
             rest.add_(part)
@@ -94,9 +97,9 @@ class Codec(Way):
             self.decode_chunk(code, part)
             rest.sub_(part)
 
-    def _chunks(self, values: Tensor, data: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    def _chunks(self, values: Tensor, data: Array) -> Iterator[tuple[Tensor, Tensor]]:
         assert data.size == self.size(values.numel()), f"{data.size} bytes for {values.numel()} values"
-        codes, start = torch.from_numpy(data), 0
+        codes, start = bridge.tensor(data, torch.uint8), 0
         for part in values.split(CHUNK) if values.numel() else ():
             stop = start + self.chunk_size(part.numel())
             yield part, codes[start:stop]

@@ -15,15 +15,18 @@ from torch import Tensor
 class Packed:
     """Of memory that has values in `runs` only, one after the other; nothing is copied where that is one run.
 
+    Args:
+        device: Of the memory, a torch device.
+
     Attributes:
         count: Values there are.
     """
 
-    def __init__(self, runs: Sequence[slice]) -> None:
+    def __init__(self, runs: Sequence[slice], device: str = "cpu") -> None:
         self.runs = list(runs) or [slice(0, 0)]
         self.count = sum(run.stop - run.start for run in self.runs)
         self.copied = len(self.runs) > 1
-        self.values = torch.empty(self.count if self.copied else 0)
+        self.values = torch.empty(self.count if self.copied else 0, device=device)
 
     def gather(self, flat: Tensor) -> Tensor:
         """[count], the values of `flat`."""

@@ -11,8 +11,10 @@ the slowest rank travels with the next one, so that all ranks choose the same.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 from mpi4py import MPI
 
@@ -25,10 +27,15 @@ LEVEL = 1           # of zstd: half a GB/s, and level 3 saves a twentieth more
 
 
 class Parcel:
-    """Room for codes of `size` bytes, `data`, and for what they travel with: the `seconds`."""
+    """Room for codes of `size` bytes, `data`, and for what they travel with: the `seconds`.
 
-    def __init__(self, size: int) -> None:
-        self.room = np.zeros(HEAD + size, np.uint8)
+    Args:
+        memory: Makes host memory of (bytes, dtype).
+    """
+
+    def __init__(self, size: int, memory: Callable[[int, npt.DTypeLike], np.ndarray] = np.zeros) -> None:
+        self.room = memory(HEAD + size, np.uint8)
+        self.room.fill(0)
         self.length, self.seconds = self.room[:8].view(np.int64), self.room[8:HEAD].view(np.float64)
         self.data = self.room[HEAD:]
 

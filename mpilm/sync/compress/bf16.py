@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from mpilm.sync.compress._base import Codec
 
 class Bf16(Codec):
     """2 bytes a value."""
+
+    on_gpus: ClassVar[bool] = True
 
     def chunk_size(self, count: int) -> int:
         """As Codec."""

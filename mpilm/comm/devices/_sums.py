@@ -6,7 +6,8 @@ ranks are not a whole subtree of the tree over all ranks. Chunks are small enoug
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,37 +17,65 @@ from mpilm.comm import arrays, order
 CHUNK_BYTES = 256 * 2**10  # of each part at a time: sums stay in the second-level cache until they are copied on
 
 
-class LocalSum:
+class NodeSum(Protocol):
     """Adds the same slice of every part of a node.
+
+    Attributes:
+        places: The part that each leaf's sum goes to. One sum goes to mine; several to that of each leaf's first
+            rank, whose old content is used up by then.
+        chunk_bytes: Of each part, that `sum` takes at a time at most.
+    """
+
+    places: list[int]
+    chunk_bytes: int
+
+    def sum(self, parts: Sequence[Any], chunk: slice, *, spread: bool = False) -> None:
+        """parts[places[i]][chunk] = the sum of leaf i. Only the rank that owns the chunk touches it meanwhile.
+
+        Args:
+            spread: Put the sum, of one leaf, into all parts.
+        """
+
+
+class LocalSum:
+    """NodeSum, one addition after the other.
 
     Args:
         leaves: Runs of ranks, each summed for itself in the order of order.subtree.
         first: The node's first rank, which has part 0.
         size: Ranks of the node.
         mine: My node-local rank.
-
-    Attributes:
-        places: The part that each leaf's sum goes to. One sum goes to mine; several to that of each leaf's first
-            rank, whose old content is used up by then.
+        zeros: Makes scratch arrays of (count, dtype).
+        grain: Chunks are so many times CHUNK_BYTES.
     """
 
-    def __init__(self, leaves: Sequence[range], *, first: int, size: int, mine: int) -> None:
-        self.places = [mine] if len(leaves) == 1 else [leaf.start - first for leaf in leaves]
+    def __init__(self, leaves: Sequence[range], *, first: int, size: int, mine: int,
+                 zeros: Callable[[int, npt.DTypeLike], Any] = arrays.zeros, grain: int = 1) -> None:
+        self.places, self.chunk_bytes = places(leaves, first=first, mine=mine), grain * CHUNK_BYTES
         self.steps: list[tuple[int, int, int]] = []
         for leaf, place in zip(leaves, self.places, strict=True):
             self.steps += _steps(leaf, first=first, scratch=size, result=place)
         used = 1 + max((place for step in self.steps for place in step), default=0)
-        self._scratch = [arrays.zeros(CHUNK_BYTES, np.uint8) for _ in range(max(0, used - size))]
+        self._scratch = [zeros(self.chunk_bytes, np.uint8) for _ in range(max(0, used - size))]
 
-    def sum(self, parts: Sequence[np.ndarray], chunk: slice) -> None:
-        """parts[places[i]][chunk] = the sum of leaf i. Only the rank that owns the chunk touches it meanwhile."""
+    def sum(self, parts: Sequence[Any], chunk: slice, *, spread: bool = False) -> None:
+        """As NodeSum."""
         values = [part[chunk] for part in parts]
         values += self._spare(chunk.stop - chunk.start, parts[0].dtype)
         for left, right, out in self.steps:
             np.add(values[left], values[right], out=values[out])
+        total = self.places[0]
+        for place in range(len(parts)) if spread else ():
+            if place != total:
+                values[place][:] = values[total]
 
-    def _spare(self, length: int, dtype: npt.DTypeLike) -> list[np.ndarray]:
+    def _spare(self, length: int, dtype: npt.DTypeLike) -> list[Any]:
         return [scratch.view(dtype)[:length] for scratch in self._scratch]
+
+
+def places(leaves: Sequence[range], *, first: int, mine: int) -> list[int]:
+    """The part that each leaf's sum goes to, see NodeSum."""
+    return [mine] if len(leaves) == 1 else [leaf.start - first for leaf in leaves]
 
 
 def _steps(leaf: range, *, first: int, scratch: int, result: int) -> list[tuple[int, int, int]]:

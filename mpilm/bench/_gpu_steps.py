@@ -1,0 +1,143 @@
+"""Training steps on one GPU: ours beside transformers' Llama under torch.compile, same shape, same batch, in turns."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from mpilm import arithmetic, assemble
+from mpilm.arithmetic import Arithmetic
+from mpilm.bench._contenders import Case, _llama, _ours
+from mpilm.comm.transport import Transport
+from mpilm.config import Auto, Config, Run, Sync
+from mpilm.launch import World
+from mpilm.model import count
+
+Emit = Callable[[str, str, float, str], None]
+DATA_SHEET_TFLOPS = 989.0   # H100 and H200, bf16, dense
+WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model, and in how many micro-batches a rank does its share of a step."""
+
+    case: Case
+    micro_batches: int
+
+
+CASES = {
+    work.case.name: work for work in (
+        Work(Case("124m", layers=12, width=768, heads=12, hidden=2048, vocab_size=50304, sequence_length=2048,
+                  global_batch_size=32), 2),
+        Work(Case("350m", layers=24, width=1024, heads=16, hidden=2816, vocab_size=50304, sequence_length=2048,
+                  global_batch_size=32), 4),
+        Work(Case("1300m", layers=24, width=2048, heads=16, hidden=5632, vocab_size=50304, sequence_length=2048,
+                  global_batch_size=16), 4),
+        Work(Case("tiny", layers=1, width=32, heads=2, hidden=64, vocab_size=64, sequence_length=16,
+                  global_batch_size=4), 2),
+    )
+}
+
+
+def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: int, steps: int, reproducible: bool,
+        peer: bool) -> None:
+    """Measure one case. Collective over the world.
+
+    Args:
+        reproducible: Also measure reproducible mode.
+        peer: Also measure the peer, which is one process, so with one rank only.
+    """
+    work = CASES[name]
+    config = _config(work, world.size, reproducible=False)
+    shape = assemble.shape_of(config, work.case.vocab_size)
+    decision, peak = arithmetic.decide(config, world, shape, {}, transport.device)
+    contenders = {"mpilm": _ours_step(world, transport, work, decision)}
+    if reproducible:
+        contenders["mpilm-reproducible"] = _ours_step(world, transport, work, replace(decision, reproducible=True))
+    if peer and world.size == 1:
+        contenders["llama-compile"] = _peer_step(work, transport.device.torch)
+    for step in contenders.values():
+        for _ in range(WARMUP):
+            step()
+    seconds: dict[str, list[float]] = {who: [] for who in contenders}
+    for _ in range(rounds):
+        for who, step in contenders.items():
+            seconds[who].append(_timed(world.comm, step, steps, transport))
+    _tell(emit, work.case, count.flops_per_token(shape, work.case.sequence_length), peak,
+          {who: median(seen) for who, seen in seconds.items()})
+
+
+def _tell(emit: Emit, case: Case, flops: int, peak: float, seconds: dict[str, float]) -> None:
+    """Tokens/s of all ranks, and what share of the limit that is: `peak` FLOP/s, and the data sheet's."""
+    emit(case.name, "matmul peak", peak / 1e12, "TFLOP/s")
+    for who, value in seconds.items():
+        speed = case.tokens / value
+        emit(case.name, who, speed, "tokens/s")
+        emit(case.name, f"{who}, MFU of the measured peak", 100 * speed * flops / peak, "%")
+        emit(case.name, f"{who}, MFU of {DATA_SHEET_TFLOPS:.0f} TFLOP/s", speed * flops / DATA_SHEET_TFLOPS / 1e10, "%")
+
+
+def _config(work: Work, size: int, *, reproducible: bool) -> Config:
+    compiled: Auto = "on" if work.case.name != "tiny" else "off"
+    return _ours.configuration(work.case, micro_batches=max(size, work.micro_batches),
+                               run=Run(reproducible=reproducible, compile=compiled, threads=1),
+                               sync=Sync(bucket_mib=64.0))
+
+
+def _ours_step(world: World, transport: Transport, work: Work, decision: Arithmetic) -> Callable[[], float]:
+    config = _config(work, world.size, reproducible=decision.reproducible)
+    shape = assemble.shape_of(config, work.case.vocab_size)
+    core, batches = _ours.begun(assemble.build(config, world, shape, decision, transport=transport), config, work.case)
+
+    def step() -> float:
+        if transport.device.torch != "cpu":
+            torch.use_deterministic_algorithms(decision.reproducible)
+        return _ours.step(core, batches)
+    return step
+
+
+def _peer_step(work: Work, device: str) -> Callable[[], float]:
+    """Mixed precision, fused AdamW and clipping, as PyTorch's documentation has it."""
+    warnings.filterwarnings("ignore", module="transformers")
+    net = _llama.model(work.case).to(device)
+    run = torch.compile(net) if work.case.name != "tiny" else net
+    parameters = list(net.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=_llama.LEARNING_RATE, fused=True)
+    draw = np.random.default_rng(0)
+    size = work.case.global_batch_size // work.micro_batches
+
+    def step() -> float:
+        if device != "cpu":
+            torch.use_deterministic_algorithms(False)
+        optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for _ in range(work.micro_batches):
+            drawn = torch.from_numpy(draw.integers(work.case.vocab_size, size=(size, work.case.sequence_length + 1)))
+            tokens = drawn.to(device, non_blocking=True)
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                loss = run(input_ids=tokens[:, :-1], labels=tokens[:, :-1],
+                           shift_labels=tokens[:, 1:].contiguous()).loss / work.micro_batches
+            loss.backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(parameters, _llama.CLIP)
+        optimizer.step()
+        return float(torch.stack(losses).sum())
+    return step
+
+
+def _timed(comm: MPI.Comm, step: Callable[[], float], steps: int, transport: Transport) -> float:
+    """Seconds of one step, of the slowest rank."""
+    comm.Barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    transport.device.settle()
+    return float(comm.allreduce((time.perf_counter() - start) / steps, op=MPI.MAX))

@@ -1,0 +1,198 @@
+"""Training on a device that works late: the bits of a host. And which device a rank gets, as far as that shows here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpilm import assemble, device, placement
+from mpilm.comm import aware
+from mpilm.comm.devices import HOST
+from mpilm.comm.transport import Direct, Staged, Transport
+from mpilm.config import Config, Parallel, Run, Sync
+from mpilm.launch import session
+from mpilm.log import UserError
+from tests import server_cases
+from tests.comm.late import Late
+from tests.helpers import everywhere
+from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, parallel, sharded
+
+serial = pytest.mark.serial
+WAYS = {"allreduce": configuration, "level 1": lambda name: sharded(name, 1)}
+
+
+def on(transport: Transport, config: Config, precision: str = "fp32") -> tuple[list, list, dict]:
+    """Three steps over all ranks, with buckets on another device: losses, norms, parameters."""
+    with session() as world:
+        shape = assemble.shape_of(config, VOCAB)
+        core = assemble.build(config, world, shape, arithmetic(config, precision), transport=transport)
+        assemble.restore(core, shape, config, None)
+        found = course(core, config)
+        core.sync.runs(core.mesh.replicas.rank, core.mesh.replicas.size)
+        world.comm.Barrier()
+        return found
+
+
+def same(one: tuple[list, list, dict], other: tuple[list, list, dict]) -> bool:
+    return one[:2] == other[:2] and all(torch.equal(one[2][name], value) for name, value in other[2].items())
+
+
+@pytest.mark.parametrize("how", [Direct, Staged])
+@pytest.mark.parametrize("name", ["shared", "tree"])
+@pytest.mark.parametrize("way", WAYS)
+def test_three_steps_have_the_bits_of_a_host(way: str, name: str, how: type, comm: MPI.Comm) -> None:
+    if name == "tree" and comm.size & (comm.size - 1):
+        pytest.skip("no power of two of ranks")
+    config = WAYS[way](name)
+    for precision in ("fp32", "bf16"):
+        expected = alone(configuration(), precision=precision)
+        found = on(how(Late(comm.rank, immediate=True)), config, precision)
+        everywhere(comm, same(found, expected), f"{precision}: {found[:2]}, not {expected[:2]}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_does_not_follow_its_thread_shows(way: str, comm: MPI.Comm) -> None:
+    """Without events, buckets leave before they are full, or are used before they have arrived."""
+    late = Late(comm.rank, immediate=True)
+    late.follow = lambda event: None
+    expected = alone(configuration())
+    wrong = not same(on(Direct(late), WAYS[way]("shared")), expected)
+    assert any(comm.allgather(wrong)), "the bits are right for all that"
+
+
+@pytest.mark.parametrize(("way", "compress"), [("allreduce", "bf16"), ("allreduce", "int8"), ("level 2", "none")])
+@pytest.mark.parametrize("how", [Direct, Staged])
+def test_arrays_need_not_be_numpys(way: str, compress: str, how: type, comm: MPI.Comm) -> None:
+    """What a late device cannot play, because torch works on its memory in the communication thread too."""
+    config = sharded("ring", 2, reproducible=False) if way == "level 2" else configuration("ring", reproducible=False)
+    config.sync.compress = compress
+    found = on(how(Late(prompt=True)), config)
+    everywhere(comm, same(found, parallel(config)), f"{found[:2]}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("schedule", ["1f1b", "zb"])
+def test_stages_send_through_the_host(schedule: str, comm: MPI.Comm) -> None:
+    """In pieces of a few rows; torch works on a host's memory here, so it is a host's that is staged."""
+    if comm.size % 2:
+        pytest.skip("a rank is left over")
+    staged = Staged(HOST, piece_bytes=1024)
+    found = on(staged, configuration("shared", pp=2, schedule=schedule), "bf16")
+    everywhere(comm, same(alone(configuration(), precision="bf16"), found), f"{found[:2]}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("compress", ["none", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_workers_of_servers(precision: str, compress: str, comm: MPI.Comm) -> None:
+    """Gradients go to the host and weights come from there."""
+    config = server_cases.with_servers(1)
+    config.sync.compress = compress
+    late = Direct(Late(comm.rank, immediate=True))
+    found = server_cases.train(config, precision=precision, transport=late)
+    expected = server_cases.train(config, precision=precision)
+    everywhere(comm, found is None or same(found, expected), f"{found and found[:2]}")
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_what_mpi_takes_is_asked_and_tried(ask: bool, comm: MPI.Comm) -> None:
+    """A host's memory stands for a GPU's here: whoever takes it takes any that is a host's."""
+    answer = aware.answer(HOST, comm, ask=ask)
+    assert answer.usable or ask
+    assert "do" in answer.why or "arrive" in answer.why
+
+
+def test_a_process_that_dies_of_it_is_a_no_on_all_ranks(comm: MPI.Comm) -> None:
+    dies = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"]
+    usable, why = aware.answer(HOST, comm, ask=False, probe=dies)
+    assert not usable
+    assert f"ended with {-signal.SIGSEGV}" in why
+
+
+@pytest.mark.ranks(min=2)
+def test_messages_that_arrive_as_something_else_are_a_no(comm: MPI.Comm) -> None:
+    late = Late(comm.rank)
+    late.settle = lambda: None
+    assert not all(aware.answer(late, comm, ask=False, probe=[sys.executable, "-c", ""]).usable for _ in range(20))
+
+
+@serial
+@pytest.mark.parametrize(("variable", "value", "said"), [
+    ("MPICH_GPU_SUPPORT_ENABLED", "1", True), ("MPICH_GPU_SUPPORT_ENABLED", "0", False)])
+def test_cray_says_it_by_a_variable(variable: str, value: str, said: bool) -> None:
+    assert aware.asked({variable: value}) is said
+
+
+@serial
+def test_the_library_is_asked_where_it_lies() -> None:
+    assert aware.asked({}) in (True, False)
+    assert aware._library(), "MPI is loaded, and its library not found"
+
+
+@serial
+@pytest.mark.parametrize(("visible", "local_rank", "expected"), [
+    ("MIG-a,MIG-b", 0, "MIG-a"), ("MIG-a,MIG-b", 3, "MIG-b"), ("MIG-a", 1, None), ("0,1,2,3", 2, None), ("", 0, None),
+])
+def test_each_rank_has_its_mig_instance(visible: str, local_rank: int, expected: str | None) -> None:
+    assert placement.mig({"CUDA_VISIBLE_DEVICES": visible}, local_rank) == expected
+
+
+@serial
+def test_devices_that_ranks_share_are_found() -> None:
+    assert placement.doubled(["a", "b", "a", "c"]) == {"a": [0, 2]}
+    assert placement.doubled(["", "", ""]) == {}, "hosts are shared by nature"
+
+
+@pytest.mark.ranks(min=2)
+def test_sharing_a_gpu_without_saying_so_is_refused_on_all_ranks(comm: MPI.Comm) -> None:
+    with session() as world:
+        with pytest.raises(UserError, match=r"one and the same GPU \(GPU-1\).*--run\.share_gpu true"):
+            device._sharers(Config(), world, "GPU-1")
+        assert device._sharers(Config(run=Run(share_gpu=True)), world, "GPU-1") == comm.size
+        assert device._sharers(Config(), world, f"GPU-{world.rank}") == 1
+
+
+@serial
+@pytest.mark.parametrize(("config", "message"), [
+    (Config(sync=Sync(kind="local_sgd")), r"--sync\.kind local_sgd is for CPUs"),
+    (Config(sync=Sync(compress="onebit")), r"--sync\.compress onebit is for CPUs.*bf16 or int8"),
+    (Config(parallel=Parallel(tp=2)), r"--parallel\.tp 2 is for CPUs"),
+])
+def test_what_is_for_cpus_is_refused_on_gpus(config: Config, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        device.check(config)
+
+
+@serial
+@pytest.mark.parametrize("name", device.ALLOCATOR)
+def test_expandable_segments_are_refused(name: str) -> None:
+    device.require_fixed_segments({name: "expandable_segments:False"})
+    with pytest.raises(UserError, match=r"expandable segments\. Unset it"):
+        device.require_fixed_segments({name: "max_split_size_mb:64, expandable_segments: True"})
+
+
+@serial
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_mistake(run_mpi) -> None:
+    result = run_mpi(0, ["-m", "mpilm.train", "--run.device", "cuda", "--run.steps", "1"])
+    assert (result.rc, "Traceback" in result.stderr) == (2, False), result
+    assert "--run.device cuda: no GPU is to be seen" in result.stderr
+
+
+def test_values_come_and_go(comm: MPI.Comm) -> None:
+    """What checkpoints read and write of any device."""
+    from mpilm.comm import arrays
+
+    late = Late(comm.rank)
+    held, values = late.zeros(100, np.float32), np.arange(100, dtype=np.float32)
+    arrays.put(values[10:20], held[10:20])
+    np.add(held, 1, out=held)
+    target = np.empty(10, np.float32)
+    assert arrays.fetch(held[10:20], target) is target
+    assert (target == values[10:20] + 1).all()
