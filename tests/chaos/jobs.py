@@ -54,13 +54,13 @@ class Job:
         path = self.directory / "metrics.jsonl"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
-    def until_step(self, step: int) -> bool:
-        """Wait for so many lines of metrics; False if the job ended before."""
-        return self.until(lambda: self.steps >= step)
+    def until_step(self, step: int, seconds: float = SECONDS) -> bool:
+        """Wait for so many lines of metrics; False if the job ended before, or takes longer."""
+        return self.until(lambda: self.steps >= step, seconds)
 
-    def until(self, ready: Any) -> bool:
-        """Wait until `ready()`; False if the job ended before, or takes too long."""
-        deadline = time.monotonic() + SECONDS
+    def until(self, ready: Any, seconds: float = SECONDS) -> bool:
+        """Wait until `ready()`; False if the job ended before, or takes longer."""
+        deadline = time.monotonic() + seconds
         while not ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 return bool(ready())    # it may have come to be so with the end of the job

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.jobs import Job
+from tests.chaos.jobs import SECONDS, Job
 from tests.chaos.kills import Trial
 
 ACTIVE = 3
+START_S = 10.0      # of each rank, where there are more of them than cores
 PAUSE_S = 1.0       # after somebody went on; allocations of the first steps are over then
 ALLOWED_MIB = 24    # of growth: arenas of malloc come and go
 
@@ -36,7 +37,7 @@ def soak(kills: int, draw: random.Random, data: Path, folder: Path, *, every_s: 
     options = {"run.spares": kills, "run.steps": 10**6, "checkpoint.every": 200, "log.validate_every": 0,
                "log.every": 5}
     with Job(ACTIVE + kills, data, directory, ulfm=True, **options) as job:
-        job.until_step(2)
+        job.until_step(2, SECONDS + START_S * (ACTIVE + kills))     # one core may start many of them
         ranks = job.ranks()
         living = [rank for rank in sorted(ranks) if rank in ranks]
         keeper = living[1]      # trains from beginning to end

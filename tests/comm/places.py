@@ -22,13 +22,20 @@ from tests.comm.late import Late
 
 PLACES = ("host", "late-device", "late-staged", "gpu-device", "gpu-staged")
 SMALL_PIECES = 64 * 2**10   # so that a test's messages are of several
+LATE_COUNT = 150_001
+MARKS = {"gpu": [pytest.mark.gpu], "late": [pytest.mark.slow]}
 
 
 def pairs(*names: str) -> list[object]:
     """(place, name) for every place and name."""
     return [pytest.param((place, name), id=f"{name}-{place}" if place != "host" else name,
-                         marks=[pytest.mark.gpu] if place.startswith("gpu") else [])
+                         marks=MARKS.get(place.partition("-")[0], []))
             for place in PLACES for name in names]
+
+
+def fitting(device: Device, count: int) -> int:
+    """So many elements, or as many as a device that takes its time can do a test with."""
+    return min(count, LATE_COUNT) if isinstance(device, Late) else count
 
 
 def transport(place: str, comm: MPI.Comm) -> Transport:
