@@ -19,15 +19,15 @@ SIZES = (128, 256, 512, 1024)   # the last: large enough for the matrix units, s
 GPU_SIZES = (8192,)     # 2 ms a product in bf16
 ROUNDS = 5
 WORTH = 1.2             # bf16 must be so much faster to give up the bits of float32
-HOPELESS = 4.0          # times slower than another at one size, and the next one is not tried
+LONGEST_S = 0.1         # what a product must not take, by the speed of a smaller one
 
 
 def measure(names: Iterable[str], *, sizes: Sequence[int] = (), rounds: int = ROUNDS,
             device: str = "cpu") -> dict[str, float]:
     """FLOP/s of a square product in each precision: the best of a few interleaved rounds, about 0.2 s.
 
-    A processor without units for bf16 takes seconds for a large product, so sizes grow, and what is hopeless at one of
-    them keeps the speed it had there.
+    A processor without units for bf16 takes seconds for a large product, so sizes grow, and what is too slow for the
+    next one keeps the speed it had.
 
     Args:
         sizes: Of the squares; none: SIZES, or GPU_SIZES.
@@ -35,8 +35,7 @@ def measure(names: Iterable[str], *, sizes: Sequence[int] = (), rounds: int = RO
     """
     speeds = dict.fromkeys(names, 0.0)
     for size in sizes or (SIZES if device == "cpu" else GPU_SIZES):
-        best = max(speeds.values(), default=0.0)
-        chosen = [name for name, speed in speeds.items() if speed * HOPELESS >= best]
+        chosen = [name for name, speed in speeds.items() if not speed or 2 * size ** 3 / speed <= LONGEST_S]
         speeds.update(_speeds(chosen, size, rounds, device))
     return speeds
 
