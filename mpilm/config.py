@@ -22,7 +22,7 @@ class Run:
         steps: Optimizer updates in all, over every resume.
         seed: Draws the initial weights and the order of the data.
         resume: Where the run begins: `auto` (the newest complete checkpoint of the run directory), `never` (step 0), or
-            a checkpoint's path. The same command again goes on from what the run has saved, with each of them.
+            a checkpoint's path. Until it has finished, the same command goes on from what the run has saved.
         reproducible: The same bits on any number of ranks.
         precision: Arithmetic of the model: `auto` takes bf16 where it is measurably faster.
         compile: torch.compile: `auto` where the run is long enough to pay for it.

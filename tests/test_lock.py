@@ -78,10 +78,15 @@ def test_one_at_a_time_and_again(claim):
         claim().lead(alone=True)
 
 
-def test_a_folder_that_was_removed_and_made_again_is_locked_anew(claim, tmp_path):
-    mine = job(claim, 2)
+def make_again(tmp_path):
+    """The folder, by somebody who has removed it."""
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").mkdir()
+
+
+def test_a_folder_that_was_removed_and_made_again_is_locked_anew(claim, tmp_path):
+    mine = job(claim, 2)
+    make_again(tmp_path)
     assert not any(one.follows for one in mine)
     mine[0].lead(alone=True)
     mine[1].follow()
@@ -91,8 +96,7 @@ def test_a_folder_that_was_removed_and_made_again_is_locked_anew(claim, tmp_path
 
 def test_a_folder_that_another_job_has_made_again(claim, tmp_path):
     mine = job(claim, 1)
-    shutil.rmtree(tmp_path / "run")
-    (tmp_path / "run").mkdir()
+    make_again(tmp_path)
     job(claim, 1)
     with pytest.raises(UserError, match="another process"):
         mine[0].lead(alone=not mine[0].follows)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpilm.comm.devices._sums import LocalSum, NodeSum
+from mpilm.comm.memory import SharedMemoryError
 from mpilm.comm.order import BLOCK
 
 Array = Any     # numpy.ndarray, cupy.ndarray, or whatever else a device's arrays are
@@ -87,25 +88,26 @@ class Device(ABC):
     def settle(self) -> None:
         """Return when everything queued on the current stream has happened."""
 
-    @abstractmethod
     def export(self, array: Array) -> Any:
-        """What another process of this node needs to `open` an array that `zeros` made; for pickle.
+        """What another process of this node needs to `open` an array that `zeros` made; it is sent by MPI. A host has
+        nothing of the kind: its ranks share memory by node.Node.
 
         Raises:
             SharedMemoryError: It cannot be opened from outside.
         """
+        raise SharedMemoryError(f"{self.title}: other processes can't open its memory.")
 
-    @abstractmethod
     def open(self, handle: Any, count: int, dtype: npt.DTypeLike) -> Array:
         """Another process's array, as an array of mine. It keeps its memory until all have closed it.
 
         Raises:
             SharedMemoryError: This process may not.
         """
+        raise SharedMemoryError(f"{self.title}: other processes can't open its memory.")
 
-    @abstractmethod
     def close(self, array: Array) -> None:
         """Give back what `open` gave."""
+        raise SharedMemoryError(f"{self.title}: nothing of another process has been opened.")
 
     def signal(self) -> Signal | None:
         """An event that other processes of this node can follow; None where there is no such thing."""
@@ -143,7 +145,7 @@ class Signal(ABC):
     """An event that processes of a node share, recorded again and again.
 
     Attributes:
-        handle: For pickle.
+        handle: What the other processes need to follow it; it is sent by MPI.
     """
 
     handle: Any

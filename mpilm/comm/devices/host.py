@@ -57,18 +57,6 @@ class Host(Device):
     def settle(self) -> None:
         """As Device."""
 
-    def export(self, array: np.ndarray) -> Any:
-        """Ranks share a host's memory by node.Node."""
-        raise NotImplementedError
-
-    def open(self, handle: Any, count: int, dtype: npt.DTypeLike) -> np.ndarray:
-        """As `export`."""
-        raise NotImplementedError
-
-    def close(self, array: np.ndarray) -> None:
-        """As `export`."""
-        raise NotImplementedError
-
     def free_bytes(self) -> int:
         """As Device; of the whole node."""
         return placement.available_memory()

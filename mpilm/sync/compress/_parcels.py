@@ -18,11 +18,10 @@ import numpy.typing as npt
 import zstandard
 from mpi4py import MPI
 
-from mpilm.comm import p2p
+from mpilm.comm import arrays, p2p
 
 TAG = 201
 HEAD = 16           # bytes, so that codes begin where any of their numbers may
-LARGEST = 1 << 28   # bytes of a message; a longer parcel is sent in several, as it is
 LEVEL = 1           # of zstd: half a GB/s, and level 3 saves a twentieth more
 
 
@@ -42,7 +41,7 @@ class Parcel:
     def pack(self, *, small: bool) -> np.ndarray:
         """What is to be sent of `data`: in zstd where that is asked for and is shorter."""
         self.length[0] = 0
-        if not small or self.room.size > LARGEST:
+        if not small or self.room.size > arrays.MESSAGE_BYTES:  # sent in several messages, and both ends count them
             return self.room
         frame = zstandard.ZstdCompressor(level=LEVEL).compress(self.data.data)
         if len(frame) >= self.data.size:
@@ -55,15 +54,6 @@ class Parcel:
         if length := int(self.length[0]):
             self.data[:] = np.frombuffer(zstandard.ZstdDecompressor().decompress(self.data[:length].data), np.uint8)
 
-    def messages(self) -> list[np.ndarray]:
-        """What is received into."""
-        return messages(self.room)
-
-
-def messages(packed: np.ndarray) -> list[np.ndarray]:
-    """Pieces that MPI takes."""
-    return [packed[start:start + LARGEST] for start in range(0, packed.size, LARGEST)]
-
 
 def swap(comm: MPI.Comm, outgoing: list[Parcel], incoming: list[Parcel], *, small: bool) -> None:
     """Parcel number r of `outgoing` goes to rank r, and what r sent to me into `incoming`[r]. Collective over `comm`.
@@ -71,14 +61,14 @@ def swap(comm: MPI.Comm, outgoing: list[Parcel], incoming: list[Parcel], *, smal
     rank, ledger = comm.rank, p2p.Ledger()
     others = [(rank + step) % comm.size for step in range(1, comm.size)]
     for other in reversed(others):
-        for part in incoming[other].messages():
+        for part in arrays.messages(incoming[other].room):
             ledger.receive(comm, part, source=other, tag=TAG)
     packed: dict[int, np.ndarray] = {}
     for other in others:
         parcel = outgoing[other]
         if id(parcel) not in packed:    # everyone may get the same
             packed[id(parcel)] = parcel.pack(small=small)
-        for part in messages(packed[id(parcel)]):
+        for part in arrays.messages(packed[id(parcel)]):
             ledger.send(comm, part, dest=other, tag=TAG)
     incoming[rank].room[:] = outgoing[rank].room
     ledger.wait()
