@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from mpilm import train
 
-OPTIONS = {"run.compile": "off", "run.steps": 2, "data.sequence_length": 32, "data.global_batch_size": 8,
-           "data.micro_batch_size": 2, "model.layers": 1, "model.width": 32, "model.heads": 2,
-           "log.tensorboard": "false"}
+OPTIONS = {"run.compile": "off", "run.precision": "fp32", "run.steps": 2, "data.sequence_length": 32,
+           "data.global_batch_size": 8, "data.micro_batch_size": 2, "model.layers": 1, "model.width": 32,
+           "model.heads": 2, "log.tensorboard": "false"}
 
 
 def arguments(data, directory, **changes):

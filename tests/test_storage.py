@@ -12,7 +12,7 @@ from tests import datasets, small_jobs
 from tests.chaos import storage
 
 pytestmark = pytest.mark.serial
-TRIALS = 2
+TRIALS = 1
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("gcc", "cc", "g++", "clang"))), reason="needs a C compiler")

@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpilm.model.seed import seed
+
 Block = Callable[..., Tensor]
 Pass = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 
 
 def whole(output: Tensor, hidden: Tensor, gradient: Tensor) -> Tensor | None:
     """A whole backward pass: gradients of weights are accumulated, that of the leaf `hidden` is returned."""
-    torch.autograd.backward(output, gradient)
+    torch.autograd.backward(seed(output, gradient))
     return hidden.grad
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mpilm.log import UserError
 from mpilm.model import recompute
+from mpilm.model.seed import seed
 
 Rows = tuple[int, ...]
 
@@ -98,7 +99,7 @@ class Deferred:
             leaves = [*([hidden] if hidden is not None else []), *self.early.values(), *self.taps, *self.watched]
             found: list[Tensor | None] = []
             if leaves:
-                found += torch.autograd.grad(output, leaves, gradient, allow_unused=True)
+                found += torch.autograd.grad(seed(output, gradient), leaves, allow_unused=True)
             dx = found.pop(0) if hidden is not None else None
             for parameter in self.early.values():
                 _deliver(parameter, found.pop(0))
@@ -145,4 +146,4 @@ def _deliver(parameter: Tensor, gradient: Tensor | None) -> None:
     """Accumulate a gradient into a parameter, hooks and all."""
     if gradient is not None:
         with torch.enable_grad():       # inside of another backward pass nothing would be recorded
-            torch.autograd.backward(parameter.view_as(parameter), gradient)
+            torch.autograd.backward(seed(parameter.view_as(parameter), gradient))

@@ -21,6 +21,7 @@ from torch import Tensor
 from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.data.loader import Batch
 from mpilm.model.gpt import GPT
+from mpilm.model.seed import seed
 from mpilm.parallel import routes, schedules
 from mpilm.parallel.chunk import Chunk
 from mpilm.parallel.deferred import Deferred, Half
@@ -149,7 +150,7 @@ class Pipeline:
         output, hidden = self.graphs.pop((action.chunk, action.micro_batch))
         gradient = self._received(action)
         self.slots.begin_slot(action.micro_batch, self.names[action.chunk])
-        torch.autograd.backward(output, gradient)
+        torch.autograd.backward(seed(output, gradient))
         self.slots.end_slot()
         self._send(action, None if hidden is None else hidden.grad)
 

@@ -9,7 +9,7 @@ import pytest
 
 from mpilm.bench import _pipelines
 from mpilm.log import UserError
-from tests.helpers import run_nested
+from tests.helpers import UNCOMPILED, run_nested
 
 pytestmark = pytest.mark.serial
 WHO = ["mpilm-zb-eager", "torch-1f1b-ours-eager"]
@@ -20,7 +20,7 @@ ASLEEP = [f"mpilm-{name}" for name in _pipelines.ASLEEP]
 def test_contenders_take_turns_and_bubbles_are_told():
     """Ours and torch's; of each stage of ours; and of three stages that sleep."""
     result = run_nested(2, ["-m", "mpilm.bench", "pipeline", "--json", "--case", "tiny", "--who", ",".join(WHO),
-                            "--emulated", "3", "--rounds", "1", "--steps", "1"], timeout=280)
+                            "--emulated", "3", "--rounds", "1", "--steps", "1"], timeout=280, env=UNCOMPILED)
     assert result.rc == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     found = {}

@@ -9,7 +9,7 @@ from mpilm.bench._contenders import CASES, Place
 from mpilm.bench._servers import mpilm
 from mpilm.bench._serving import Pace
 from mpilm.log import UserError
-from tests.helpers import run_nested
+from tests.helpers import UNCOMPILED, run_nested
 
 pytestmark = pytest.mark.serial
 
@@ -38,7 +38,7 @@ def test_slow_steps_are_one_worker_s_or_anyone_s():
 def test_json_has_an_object_a_line():
     """Training beside one rank alone, updates beside bare MPI, and the curve over staleness."""
     result = run_nested(3, ["-m", "mpilm.bench", "server", "--json", "--case", "tiny", "--rounds", "1", "--steps", "1",
-                            "--mib", "1", "--sleep_ms", "1"], timeout=280)
+                            "--mib", "1", "--sleep_ms", "1"], timeout=280, env=UNCOMPILED)
     assert result.rc == 0, result.stderr
     found = {}
     for line in map(json.loads, result.stdout.splitlines()):

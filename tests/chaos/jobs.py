@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mpilm import inspect
+from mpilm.log import UserError
 from tests import helpers, small_jobs
 
 OPTIONS = {"run.steps": 40, "log.every": 1, "log.validate_every": 15, "log.validation_sequences": 8,
@@ -106,10 +108,10 @@ class Job:
 
 def weights(directory: Path) -> str:
     """Step and digest of the newest checkpoint's weights; what is wrong, if there is none."""
-    result = helpers.run_nested(0, ["-m", "mpilm.inspect", str(directory), "--json"])
-    if result.rc:
-        return result.stderr.strip()
-    found = json.loads(result.stdout)
+    try:
+        found = inspect.describe(inspect.find(directory))
+    except UserError as error:
+        return str(error)
     return f"{found['step']} {found['weights_sha256']}"
 
 

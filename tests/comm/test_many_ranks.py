@@ -20,32 +20,31 @@ from mpilm.comm.node import Node
 from tests.comm import cases
 from tests.helpers import everywhere, same_everywhere
 comm = MPI.COMM_WORLD
-for ranks_per_node in (0, 3):
-    node = Node.build(comm, ranks_per_node=ranks_per_node)
-    for name in collectives.names():
-        for reproducible in (False, True):
-            collective = cases.build(name, comm, node, reproducible=reproducible)
-            for count, dtype in ((3, "int64"), (999, "float64"), (150_001, "float32")) if collective else ():
-                for buffer in (collective.allocate(count, dtype), np.empty(count, dtype)):
-                    buffer[:] = cases.values(comm.rank, count, dtype)
-                    collective.allreduce(buffer)
-                    wanted = cases.expected(comm.size, count, dtype)
-                    everywhere(comm, cases.close(buffer, wanted, comm.size), f"{name} {count}")
-                    same_everywhere(comm, buffer)
-                    ordered = cases.in_tree_order(comm.size, count, dtype)
-                    everywhere(comm, not reproducible or (buffer == ordered).all(), f"{name} {count}: order")
-                    buffer[:] = cases.values(comm.rank, count, dtype)
-                    comm.Barrier()
-                    collective.reduce_scatter(buffer)
-                    own = order.segments(count, comm.size)[comm.rank]
-                    everywhere(comm, cases.close(buffer[own], wanted[own], comm.size), f"{name} {count}: mine")
-                    everywhere(comm, not reproducible or (buffer[own] == ordered[own]).all(), f"{name} {count}: order")
-                for buffer in (collective.allocate_common(count, dtype), np.zeros(count, dtype)):
-                    buffer[own] = 1 + comm.rank
-                    collective.allgather(buffer)
-                    whole = [np.full(cut.stop - cut.start, 1 + rank, dtype)
-                             for rank, cut in enumerate(order.segments(count, comm.size))]
-                    everywhere(comm, (buffer == np.concatenate(whole)).all(), f"{name} {count}: gathered")
+node = Node.build(comm, ranks_per_node=int(sys.argv[1]))
+for name in collectives.names():
+    for reproducible in (False, True):
+        collective = cases.build(name, comm, node, reproducible=reproducible)
+        for count, dtype in ((3, "int64"), (999, "float64"), (150_001, "float32")) if collective else ():
+            for buffer in (collective.allocate(count, dtype), np.empty(count, dtype)):
+                buffer[:] = cases.values(comm.rank, count, dtype)
+                collective.allreduce(buffer)
+                wanted = cases.expected(comm.size, count, dtype)
+                everywhere(comm, cases.close(buffer, wanted, comm.size), f"{name} {count}")
+                same_everywhere(comm, buffer)
+                ordered = cases.in_tree_order(comm.size, count, dtype)
+                everywhere(comm, not reproducible or (buffer == ordered).all(), f"{name} {count}: order")
+                buffer[:] = cases.values(comm.rank, count, dtype)
+                comm.Barrier()
+                collective.reduce_scatter(buffer)
+                own = order.segments(count, comm.size)[comm.rank]
+                everywhere(comm, cases.close(buffer[own], wanted[own], comm.size), f"{name} {count}: mine")
+                everywhere(comm, not reproducible or (buffer[own] == ordered[own]).all(), f"{name} {count}: order")
+            for buffer in (collective.allocate_common(count, dtype), np.zeros(count, dtype)):
+                buffer[own] = 1 + comm.rank
+                collective.allgather(buffer)
+                whole = [np.full(cut.stop - cut.start, 1 + rank, dtype)
+                         for rank, cut in enumerate(order.segments(count, comm.size))]
+                everywhere(comm, (buffer == np.concatenate(whole)).all(), f"{name} {count}: gathered")
 print("summed", flush=True)
 """
 
@@ -78,14 +77,16 @@ print("summed", flush=True)
 
 
 @pytest.mark.serial
-@pytest.mark.parametrize("size", [5, 6, 7, 8])
-def test_more_ranks(run_mpi: Callable[..., Result], size: int) -> None:
-    result = run_mpi(size, ["-c", PROGRAM], cwd=REPOSITORY, timeout=180, env=YIELDING)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(5, 3), (6, 0), (7, 0), (8, 3)])
+def test_more_ranks(run_mpi: Callable[..., Result], size: int, ranks_per_node: int) -> None:
+    result = run_mpi(size, ["-c", PROGRAM, str(ranks_per_node)], cwd=REPOSITORY, timeout=180, env=YIELDING)
     assert result.rc == 0, result.stderr
     assert result.stdout.count("summed") == size
 
 
 @pytest.mark.serial
+@pytest.mark.slow
 def test_beyond_two_to_the_31_bytes(run_mpi: Callable[..., Result]) -> None:
     result = run_mpi(2, ["-c", LARGE], cwd=REPOSITORY, timeout=300)
     assert result.rc == 0, result.stderr

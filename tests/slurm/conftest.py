@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-from tests import datasets, helpers, small_jobs
+from tests import datasets, small_jobs
 from tests.chaos.jobs import weights
 from tests.slurm import cluster
-from tests.slurm.submitted import Submitted, files
+from tests.slurm.submitted import Submitted
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Step and weights of a run of `small_jobs.OPTIONS`, but for three steps, without Slurm."""
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    result = helpers.run_nested(0, ["-m", "mpilm.train", *small_jobs.arguments(data, directory, **{"run.steps": 3})],
-                                env=files(directory.parent))
-    assert result.rc == 0, result.stderr
+    small_jobs.train_here(data, directory, **{"run.steps": 3})
     return weights(directory)
 
 
