@@ -43,7 +43,7 @@ def same(one: tuple[list, list, dict], other: tuple[list, list, dict]) -> bool:
     return one[:2] == other[:2] and all(torch.equal(one[2][name], value) for name, value in other[2].items())
 
 
-@pytest.mark.parametrize("how", [Direct, Staged])
+@pytest.mark.parametrize("how", [Direct, pytest.param(Staged, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["shared", "tree"])
 @pytest.mark.parametrize("way", WAYS)
 def test_three_steps_have_the_bits_of_a_host(way: str, name: str, how: type, comm: MPI.Comm) -> None:

@@ -22,6 +22,7 @@ from tests.small_jobs import attempt, train_here
 OPTION_NAMES = [f"{section}.{key}" for section, values in Config().to_dict().items() for key in values]
 
 
+@pytest.mark.serial
 @given(st.sampled_from(OPTION_NAMES), st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=12))
 @example("run.steps", "-1")
 @example("model.heads", "0")
@@ -34,6 +35,7 @@ def test_any_text_for_any_option_is_taken_or_refused(option, text):
         options.parse([f"--{option}={text}"])
 
 
+@pytest.mark.serial
 @given(st.binary(max_size=60))
 @example(b"[run]\nsteps = 'many'\n")
 @example(b"[run]\nsteps = 3.5\n")

@@ -12,6 +12,7 @@ from mpilm.launch import session
 from mpilm.sync.sharded import Sharded
 
 VOCAB, LENGTH, SEQUENCES, STEPS = 101, 24, 8, 3
+ALONE = {}  # of every configuration that was asked for
 SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are nothing but rounding
 
 
@@ -73,9 +74,12 @@ def parallel(config, *, precision="fp32", synchronous=False, compiled=False):
 
 
 def alone(config, *, precision="fp32", compiled=False):
-    """The same steps on one rank: each rank does them for itself."""
-    with session() as world:
-        return train(config, world.alone(), precision=precision, compiled=compiled)
+    """The same steps on one rank: each rank does them for itself, once for all tests."""
+    key = config.to_toml(), precision, compiled
+    if key not in ALONE:
+        with session() as world:
+            ALONE[key] = train(config, world.alone(), precision=precision, compiled=compiled)
+    return ALONE[key]
 
 
 def build(config, world, *, precision="fp32", compiled=False):

@@ -17,6 +17,8 @@ from mpilm.data.shards import Dataset, unigram_entropy
 from mpilm.log import UserError
 from tests.data.cases import documents, write_dataset
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from mpilm.data.sampler import Sampler, Spread
 
+pytestmark = pytest.mark.serial
+
 
 def epochs(sampler, count):
     """The ids of the first steps that make up `count` epochs, one row an epoch."""

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from data_prep import _cutting
 from data_prep._cutting import cut_at_or_after, cut_before, pieces, stream_pieces
 
+pytestmark = pytest.mark.serial
 TEXTS = st.text(st.sampled_from("ab \n\r\té漢🙂"), max_size=400).map(str.encode)
 
 

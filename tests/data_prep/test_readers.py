@@ -14,6 +14,8 @@ from data_prep._units import divide
 from mpilm.log import UserError
 from tests.data_prep.texts import PACKINGS, jsonl, parquet
 
+pytestmark = pytest.mark.serial
+
 
 def pieces(path, *, unit_bytes=1 << 20, notes=None, validation=0.0, skip_bad=False):
     """All pieces of a file, read as units of so many bytes."""

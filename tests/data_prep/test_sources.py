@@ -7,6 +7,8 @@ import pytest
 from data_prep._sources import find
 from mpilm.log import UserError
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture
 def folder(tmp_path):

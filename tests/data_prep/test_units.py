@@ -8,6 +8,8 @@ from data_prep._sources import Source
 from data_prep._units import MIB, Unit, deal, divide, unit_size
 from mpilm.log import UserError
 
+pytestmark = pytest.mark.serial
+
 
 def source(number, size, kind="text", packing=""):
     return Source(f"{number:04d}", kind, packing, size, 0)

@@ -10,6 +10,7 @@ from mpilm.model.gpt import GPT
 from mpilm.model.hub import from_hub, to_hub
 from mpilm.model.shape import Shape
 
+pytestmark = pytest.mark.serial
 PLAIN = Shape(layers=2, width=48, heads=4, vocab_size=97)
 GROUPED = Shape(layers=2, width=64, heads=4, kv_heads=2, hidden=96, vocab_size=97)
 TIED = Shape(layers=1, width=32, heads=2, kv_heads=1, vocab_size=61, tied_embeddings=True, rope_theta=500.0)

@@ -84,6 +84,7 @@ def test_stopped_at_an_average_without_optimizer_state_it_goes_on_at_the_same_bi
         world.comm.Barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"every": 3}, {"every": 4, "fragments": 3, "outer_lr": 0.7, "outer_momentum": 0.9},
                                      {"every": 2, "local_after": 2}], ids=str)
 def test_stopped_anywhere_as_many_replicas_go_on_at_the_same_bits(options, comm):
