@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from mpilm import launch
+from mpilm import launch, startup
 from mpilm.log import UserError, say
 
 
@@ -20,10 +20,11 @@ def main() -> None:
     if options.sequences < 1:
         raise UserError(f"--sequences {options.sequences}: give a number from 1 up.")
     with launch.session(device=options.device) as world:
-        import torch
+        with startup.loading():
+            import torch
 
-        from mpilm import assemble, resume
-        from mpilm.parallel import pipeline
+            from mpilm import assemble, resume
+            from mpilm.parallel import pipeline
 
         torch.set_num_threads(world.threads)
         reader = resume.open_run(options.path, world.comm)

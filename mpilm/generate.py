@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpilm import launch
+from mpilm import launch, startup
 from mpilm.log import UserError, say
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def main() -> None:
     if options.tokens < 1 or not 0 <= options.temperature < float("inf") or options.seed < 0:
         raise UserError("--tokens: give a number from 1 up; --temperature and --seed: from 0 up.")
     with launch.session() as world:
-        from mpilm import assemble, resume
+        with startup.loading():
+            from mpilm import assemble, resume
 
         reader = resume.open_run(options.path, world.comm)
         config = resume.config_of(reader)

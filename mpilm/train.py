@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from mpilm import launch, options
+from mpilm import launch, options, startup
 from mpilm.asked import Asked
 from mpilm.config import Config
 from mpilm.launch import World
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = options.parse(argv, description=DESCRIPTION)
     with (Asked(config.run, for_good=argv is None) as asked,
           launch.session(run_dir=config.run.dir, device=config.run.device) as world, ExitStack() as stack):
-        from mpilm import recovery
+        with startup.loading():
+            from mpilm import recovery
 
         directory = RunDirectory(config, stack)
         recovery.Run(config, world, asked, directory.prepare, directory.greet, summarize).run()

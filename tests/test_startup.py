@@ -84,6 +84,24 @@ def test_no_mpi_library(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+LOADED = """
+import gc
+from mpilm.startup import loading
+with loading():
+    assert not gc.isenabled()
+    import torch
+print(gc.isenabled(), gc.get_freeze_count() > 1e5, sum(map(gc.is_tracked, gc.get_objects())) < 1e4)
+with loading():
+    print(gc.isenabled())
+"""
+
+
+@serial
+def test_what_is_loaded_is_no_garbage():
+    """The collector is off meanwhile, and has little to look through afterwards; PyTorch that was there is left."""
+    assert run_nested(0, ["-c", LOADED], cwd=REPOSITORY).stdout == "True True True\nTrue\n"
+
+
 @serial
 @pytest.mark.parametrize("name", ["train", "evaluate", "generate", "inspect", "bench"])
 def test_help_needs_nothing_heavy(name):

@@ -46,10 +46,12 @@ def configuration(case: Case, *, micro_batches: int, run: Run, **sections: Any) 
 def training(config: Config, case: Case) -> Iterator[tuple[Core, Iterator[Batch]]]:
     """All that a step needs, in a session of its own. Random tokens, drawn before the clock runs; batches come round
     again."""
+    from mpilm import startup
     from mpilm.launch import session
 
     with session() as world:
-        from mpilm import assemble
+        with startup.loading():
+            from mpilm import assemble
 
         shape, decision = decided(config, world, case)
         yield begun(assemble.build(config, world, shape, decision), config, case)
