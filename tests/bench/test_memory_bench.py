@@ -12,7 +12,7 @@ from mpilm.log import UserError
 from tests.helpers import UNCOMPILED, run_nested
 
 pytestmark = pytest.mark.serial
-WHO = ["whole", "dp2-level3-ring"]
+WHO = ["dp2-level3-ring"]
 
 
 def test_a_name_says_what_is_split():
