@@ -5,7 +5,7 @@
 #     jobs/gpu_check.sh tests-2 links     these parts only
 #
 # A part that is done is not done again: call it once more for what is left, remove runs/gpu_check to begin anew.
-# Ranks share the GPU where there are more of them than GPUs. MPIRUN: what starts ranks, with its options.
+# NANOGPT=FOLDER, of a checkout of nanoGPT, is measured too. Ranks share the GPU where there are more of them than GPUs. MPIRUN: what starts ranks, with its options.
 # MPILM_CHECK_DEVICE=host plays it without a GPU, as the tests do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -45,7 +45,7 @@ one() { # what a part runs
     case $1 in
         tests-*) ranks "${1#tests-}" pytest -q -m gpu tests/comm/test_contract.py tests/test_gpu.py ;;
         links) ranks 2 mpilm.bench gpu --part links --rounds 5 --json ;;
-        steps-*) ranks 1 mpilm.bench gpu --part steps --case "${1#steps-}" --rounds 3 --steps 4 --peer --json ;;
+        steps-*) ranks 1 mpilm.bench gpu --part steps --case "${1#steps-}" --rounds 3 --steps 4 --peer --nanogpt "${NANOGPT:-}" --json ;;
         shared-*) ranks 2 mpilm.bench gpu --part steps --case "${1#shared-}" --rounds 3 --steps 4 --json ;;
         reproducible-*)
             ranks 1 mpilm.bench gpu --part steps --case "${1#*-}" --rounds 3 --steps 4 --reproducible --json ;;

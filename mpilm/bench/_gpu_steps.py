@@ -1,20 +1,19 @@
-"""Training steps on one GPU: ours beside transformers' Llama under torch.compile, same shape, same batch, in turns."""
+"""Training steps on one GPU: ours beside peers' under torch.compile, same shape, same batch, in turns."""
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
-import numpy as np
 import torch
 from mpi4py import MPI
 
 from mpilm import arithmetic, assemble
 from mpilm.arithmetic import Arithmetic
-from mpilm.bench._contenders import Case, _llama, _ours
+from mpilm.bench._contenders import Case, _ours
+from mpilm.bench._gpu_peers import Peer, training
 from mpilm.comm.transport import Transport
 from mpilm.config import Auto, Config, Run, Sync
 from mpilm.launch import World
@@ -48,12 +47,12 @@ CASES = {
 
 
 def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: int, steps: int, reproducible: bool,
-        peer: bool) -> None:
+        peers: Mapping[str, Peer]) -> None:
     """Measure one case. Collective over the world.
 
     Args:
         reproducible: Also measure reproducible mode.
-        peer: Also measure the peer, which is one process, so with one rank only.
+        peers: By name; each is one process, so they take part with one rank only.
     """
     work = CASES[name]
     config = _config(work, world.size, reproducible=False)
@@ -62,8 +61,8 @@ def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: in
     contenders = {"mpilm": _ours_step(world, transport, work, decision)}
     if reproducible:
         contenders["mpilm-reproducible"] = _ours_step(world, transport, work, replace(decision, reproducible=True))
-    if peer and world.size == 1:
-        contenders["llama-compile"] = _peer_step(work, transport.device.torch)
+    for who, peer in peers.items() if world.size == 1 else ():
+        contenders[who] = training(peer, work.case, micro_batches=work.micro_batches, device=transport.device.torch)
     for step in contenders.values():
         for _ in range(WARMUP):
             step()
@@ -81,6 +80,8 @@ def _tell(emit: Emit, case: Case, flops: int, peak: float, seconds: dict[str, fl
     for who, value in seconds.items():
         speed = case.tokens / value
         emit(case.name, who, speed, "tokens/s")
+        if who.startswith("nanogpt"):   # another model, of other FLOPs
+            continue
         emit(case.name, f"{who}, MFU of the measured peak", 100 * speed * flops / peak, "%")
         emit(case.name, f"{who}, MFU of {DATA_SHEET_TFLOPS:.0f} TFLOP/s", speed * flops / DATA_SHEET_TFLOPS / 1e10, "%")
 
@@ -101,35 +102,6 @@ def _ours_step(world: World, transport: Transport, work: Work, decision: Arithme
         if transport.device.torch != "cpu":
             torch.use_deterministic_algorithms(decision.reproducible)
         return _ours.step(core, batches)
-    return step
-
-
-def _peer_step(work: Work, device: str) -> Callable[[], float]:
-    """Mixed precision, fused AdamW and clipping, as PyTorch's documentation has it."""
-    warnings.filterwarnings("ignore", module="transformers")
-    net = _llama.model(work.case).to(device)
-    run = torch.compile(net) if work.case.name != "tiny" else net
-    parameters = list(net.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=_llama.LEARNING_RATE, fused=True)
-    draw = np.random.default_rng(0)
-    size = work.case.global_batch_size // work.micro_batches
-
-    def step() -> float:
-        if device != "cpu":
-            torch.use_deterministic_algorithms(False)
-        optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for _ in range(work.micro_batches):
-            drawn = torch.from_numpy(draw.integers(work.case.vocab_size, size=(size, work.case.sequence_length + 1)))
-            tokens = drawn.to(device, non_blocking=True)
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
-                loss = run(input_ids=tokens[:, :-1], labels=tokens[:, :-1],
-                           shift_labels=tokens[:, 1:].contiguous()).loss / work.micro_batches
-            loss.backward()
-            losses.append(loss.detach())
-        torch.nn.utils.clip_grad_norm_(parameters, _llama.CLIP)
-        optimizer.step()
-        return float(torch.stack(losses).sum())
     return step
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from mpi4py import MPI
 
-from mpilm.bench import _gpu_links, _gpu_steps
+from mpilm.bench import _gpu_links, _gpu_peers, _gpu_steps
 from mpilm.comm import aware
 from mpilm.comm.transport import Direct, Staged, Transport
 from mpilm.config import Comm, Config, Run
@@ -23,23 +23,25 @@ OURS = ("mpilm", "ring (device)", "ring (staged)", "shared ()", "tree (device)",
 
 
 def run(comm: MPI.Comm, emit: _gpu_links.Emit, *, device: str, part: str, case: str, rounds: int, steps: int,
-        reproducible: bool, peer: bool) -> None:
+        reproducible: bool, peer: bool, nanogpt: str) -> None:
     """Measure. Collective over `comm`.
 
     Args:
         device: That the session has chosen.
         part: "links" or "steps".
         case: Of _gpu_steps.CASES, with commas between.
-        rounds, steps, reproducible, peer: As _gpu_steps.run.
+        rounds, steps, reproducible: As _gpu_steps.run.
+        peer, nanogpt: As _gpu_peers.chosen.
 
     Raises:
-        UserError: There is no such case.
+        UserError: There is no such case, or no nanoGPT.
     """
     from mpilm import device as devices
 
     names = case.split(",")
     if unknown := [name for name in names if name not in _gpu_steps.CASES]:
         raise UserError(f"--case {unknown[0]}: there is no such case; there are {', '.join(_gpu_steps.CASES)}.")
+    peers = _gpu_peers.chosen(llama=peer, nanogpt=nanogpt)
     with session() as here:
         world = replace(here, device=device)
         config = Config(run=Run(share_gpu=True, reproducible=False), comm=Comm(transport="staged"))
@@ -48,7 +50,7 @@ def run(comm: MPI.Comm, emit: _gpu_links.Emit, *, device: str, part: str, case: 
             _gpu_links.run(comm, emit, _ways(found, comm), rounds=rounds)
             return
         for name in names:
-            _gpu_steps.run(world, emit, found, name, rounds=rounds, steps=steps, reproducible=reproducible, peer=peer)
+            _gpu_steps.run(world, emit, found, name, rounds=rounds, steps=steps, reproducible=reproducible, peers=peers)
 
 
 def _ways(found: Transport, comm: MPI.Comm) -> list[Transport]:
