@@ -5,9 +5,12 @@
 #     jobs/gpu_check.sh tests-2 links     these parts only
 #
 # A part that is done is not done again: call it once more for what is left, remove runs/gpu_check to begin anew.
-# NANOGPT=FOLDER, of a checkout of nanoGPT, is measured too. Ranks share the GPU where there are more of them than GPUs. MPIRUN: what starts ranks, with its options.
+# NANOGPT=FOLDER, of a checkout of nanoGPT: beside ours in parts of its own.
+# Ranks share the GPU where there are more of them than GPUs. MPIRUN: what starts ranks, with its options.
 # MPILM_CHECK_DEVICE=host plays it without a GPU, as the tests do.
 set -euo pipefail
+[ -z "${NANOGPT:-}" ] || NANOGPT=$(realpath "$NANOGPT")
+export NANOGPT=${NANOGPT:-}
 cd "$(dirname "$0")/.."
 
 out=runs/gpu_check
@@ -15,6 +18,7 @@ device=${MPILM_CHECK_DEVICE:-cuda}
 read -ra mpirun <<<"${MPIRUN:-mpirun}"
 deadline=$((${MINUTES:-12} * 60))
 parts=(facts links steps-124m tests-2 steps-350m tests-1 bits steps-1300m shared-350m tests-4 reproducible-350m)
+[ -z "$NANOGPT" ] || parts+=(nanogpt-124m nanogpt-350m nanogpt-1300m)
 MOST=150 # seconds of a part
 mkdir -p "$out"
 
@@ -45,7 +49,9 @@ one() { # what a part runs
     case $1 in
         tests-*) ranks "${1#tests-}" pytest -q -m gpu tests/comm/test_contract.py tests/test_gpu.py ;;
         links) ranks 2 mpilm.bench gpu --part links --rounds 5 --json ;;
-        steps-*) ranks 1 mpilm.bench gpu --part steps --case "${1#steps-}" --rounds 3 --steps 4 --peer --nanogpt "${NANOGPT:-}" --json ;;
+        steps-*) ranks 1 mpilm.bench gpu --part steps --case "${1#steps-}" --rounds 3 --steps 4 --peer --json ;;
+        nanogpt-*)
+            ranks 1 mpilm.bench gpu --part steps --case "${1#*-}" --rounds 3 --steps 4 --nanogpt "$NANOGPT" --json ;;
         shared-*) ranks 2 mpilm.bench gpu --part steps --case "${1#shared-}" --rounds 3 --steps 4 --json ;;
         reproducible-*)
             ranks 1 mpilm.bench gpu --part steps --case "${1#*-}" --rounds 3 --steps 4 --reproducible --json ;;

@@ -56,8 +56,8 @@ def tune_malloc() -> None:
 def loading() -> Iterator[None]:
     """While modules are imported: PyTorch's 170,000 objects, in two thirds of the time.
 
-    What is loaded stays, so nobody looks through it for garbage, neither meanwhile nor ever after. A process that has
-    PyTorch already is somebody else's, and left as it is.
+    What is loaded stays, so nobody looks through it for garbage, neither meanwhile nor ever after; the little garbage
+    that loading makes stays with it. A process that has PyTorch already is somebody else's, and left as it is.
     """
     ours = gc.isenabled() and "torch" not in sys.modules
     if ours:

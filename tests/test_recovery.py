@@ -25,7 +25,7 @@ SHARDED = {"sync.kind": "sharded", "sync.level": 2}
 MOMENTS = {
     "before there is anything, before there is a model, computing": (
         4, "0:mpilm.resume:make_way:1,1:mpilm.assemble:build:1,2:mpilm.parallel.pipeline:Pipeline.run:5",
-        {"run.resume": "never", "run.precision": "auto"}),
+        {"run.resume": "never"}),
     "in a sum, then half through an update": (
         3, "2:mpilm.comm.collectives.shared:Shared.reduce:5,0:mpilm.optim:Update._apply_chunk:20", SHARED),
     "in a message": (2, "0:mpilm.comm.p2p:Ledger.wait:40", {"sync.collective": "tree"}),
@@ -34,9 +34,10 @@ MOMENTS = {
     "before it agrees, then before it updates": (
         3, "1:mpilm.ulfm:Commit.take:4,2:mpilm.sync.allreduce:Allreduce._update:8", SHARED),
     "sharded": (3, "1:mpilm.parallel.pipeline:Pipeline.run:10", SHARDED),
-    "writing a checkpoint, evaluating, finishing a checkpoint": (
-        4, "1:mpilm.checkpoint.files:write_share:1,2:mpilm.validation:Validation.loss:1,"
-        "0:mpilm.checkpoint.files:commit:2", {}),
+    "evaluating, then saving what is left": (
+        3, "1:mpilm.validation:Validation.loss:1,0:mpilm.checkpoint.files:commit:2", {}),
+    "writing a checkpoint, then finishing one": (
+        3, "1:mpilm.checkpoint.files:write_share:1,0:mpilm.checkpoint.files:commit:2", {}),
     "while others recover": (
         4, "1:mpilm.parallel.pipeline:Pipeline.run:7,2:mpilm.recovery:_save:1,0:mpilm.assemble:program:2", {}),
     "a spare steps in, then at the end": (

@@ -37,19 +37,25 @@ def train(run_mpi, data):
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     """What one rank does that nobody stops."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    small_jobs.train_here(data, directory, **OPTIONS)
+    return alone(data, tmp_path_factory.mktemp("undisturbed"))
+
+
+def alone(data, directory, **changes):
+    """The job of one rank, in this process."""
+    small_jobs.train_here(data, directory, **OPTIONS | changes)
     return losses(directory), weights(directory)
 
 
-@pytest.mark.parametrize(("ranks", "options"), [
-    (3, {"sync.collective": "shared", "sync.bucket_mib": 64}),
-    (4, {"sync.collective": "tree", "sync.bucket_mib": 0.05, "parallel.pp": 4, "parallel.schedule": "zb"})],
-    ids=["replicas", "stages"])
-def test_any_layout_gives_the_same_bits(train, undisturbed, tmp_path, ranks, options):
-    """An odd number of ranks and an even one; shared and tree; buckets of any size; a stage for each of the embedding,
-    two blocks and the head. Every combination is in test_contract.py; these are whole jobs."""
-    assert train(ranks, tmp_path / "run", **options) == undisturbed
+def test_any_number_of_replicas_gives_the_same_bits(train, undisturbed, tmp_path):
+    """Every combination is in test_contract.py; these are whole jobs."""
+    assert train(3, tmp_path / "run", **{"sync.collective": "shared", "sync.bucket_mib": 64}) == undisturbed
+
+
+def test_any_number_of_stages_gives_the_same_bits(train, data, tmp_path):
+    """One for each of the embedding, two blocks and the head; in bf16; buckets of another size."""
+    short = {"run.steps": 3, "run.precision": "bf16"}
+    stages = {"sync.collective": "tree", "sync.bucket_mib": 0.05, "parallel.pp": 4, "parallel.schedule": "zb"}
+    assert train(4, tmp_path / "stages", **short, **stages) == alone(data, tmp_path / "alone", **short)
 
 
 def test_stopping_and_resuming_on_any_layout_gives_the_same_bits(train, undisturbed, run_mpi, tmp_path):

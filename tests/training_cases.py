@@ -76,8 +76,8 @@ def parallel(config, *, precision="fp32", synchronous=False, compiled=False):
 def alone(config, *, precision="fp32", compiled=False):
     """The same steps on one rank: each rank does them for itself, once for all tests."""
     key = config.to_toml(), precision, compiled, assemble.Update    # which a test may have replaced
-    if key not in ALONE:
-        with session() as world:
+    with session() as world:    # on all ranks, though one of them may have failed to do so the first time
+        if key not in ALONE:
             ALONE[key] = train(config, world.alone(), precision=precision, compiled=compiled)
     return ALONE[key]
 

@@ -10,13 +10,14 @@ Mixed precision, AdamW and clipping as PyTorch's documentation has them. To add 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -106,11 +107,10 @@ def _nanogpt_net(folder: Path, case: Case, device: str) -> Net:
         found: Tensor = run(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1]
         return found
 
-    sys.path.insert(0, str(folder.resolve()))
-    try:
-        theirs = importlib.import_module("model")
-    finally:
-        sys.path.pop(0)
+    loader = SourceFileLoader("_nanogpt", str(folder / "model.py"))
+    theirs: Any = ModuleType(loader.name)
+    sys.modules[loader.name] = theirs       # where its dataclass looks for itself
+    loader.exec_module(theirs)
     with contextlib.redirect_stdout(sys.stderr):    # it tells of itself
         module = theirs.GPT(theirs.GPTConfig(
             block_size=case.sequence_length, vocab_size=case.vocab_size, n_layer=case.layers, n_head=case.heads,

@@ -1,4 +1,4 @@
-"""What GPUs make of it: collectives beside what bounds them, and training steps beside the chip's limit and a peer.
+"""What GPUs make of it: collectives beside what bounds them, and training steps beside the chip's limit and peers.
 
     mpirun -np 2 python -m mpilm.bench gpu --part links
     mpirun -np 1 python -m mpilm.bench gpu --part steps --case 124m,350m,1300m

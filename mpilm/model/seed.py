@@ -1,7 +1,7 @@
 """A backward pass that begins with a gradient: torch.autograd.backward(seed(y, dy)) is torch.autograd.backward(y, dy).
 
-PyTorch compares the shapes of `y` and `dy` by what needs sympy: the first time takes a second and 40 MB of every rank.
-A scalar begins with 1 and has nothing to compare.
+PyTorch compares the shapes of `y` and `dy` by what needs sympy, as little else does unless code is compiled: a second
+and 40 MB of every rank. A scalar begins with 1 and has nothing to compare.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ print("summed", flush=True)
 
 @pytest.mark.serial
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "ranks_per_node"), [(5, 3), (6, 0), (7, 0), (8, 3)])
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(5, 3), (6, 0), (7, 0), (8, 0), (8, 3)])
 def test_more_ranks(run_mpi: Callable[..., Result], size: int, ranks_per_node: int) -> None:
     result = run_mpi(size, ["-c", PROGRAM, str(ranks_per_node)], cwd=REPOSITORY, timeout=180, env=YIELDING)
     assert result.rc == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Blocks that are computed again: the same bits, and less that is kept. Compiled ones: test_reproducible.py."""
+"""Blocks that are computed again: the same bits, and less that is kept. Compiled ones: parallel/test_pipeline.py."""
 
 from __future__ import annotations
 

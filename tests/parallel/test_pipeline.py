@@ -55,11 +55,13 @@ def test_blocks_that_are_computed_again_have_the_same_bits(name, comm):
 @pytest.mark.slow
 @pytest.mark.ranks(min=2)
 @pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
-def test_compiled_code_has_the_same_bits(comm):
+@pytest.mark.parametrize(("schedule", "recompute"), [("1f1b", True), ("zb", False)])
+def test_compiled_code_has_the_same_bits(schedule, recompute, comm):
     """Every rank compiles for itself, and what it runs does not depend on how much of a step falls to it; also where
-    backward passes are split, and blocks computed again."""
+    backward passes are split, or blocks computed again."""
     expected = alone(configuration(), compiled=True)
-    found = parallel(configuration(pp=comm.size, schedule="zb", recompute=True), compiled=True)
+    torch._dynamo.reset()
+    found = parallel(configuration(pp=comm.size, schedule=schedule, recompute=recompute), compiled=True)
     everywhere(comm, same(expected, found))
 
 
