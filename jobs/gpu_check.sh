@@ -51,7 +51,7 @@ one() { # what a part runs
         links) ranks 2 mpilm.bench gpu --part links --rounds 5 --json ;;
         steps-*) ranks 1 mpilm.bench gpu --part steps --case "${1#steps-}" --rounds 3 --steps 4 --peer --json ;;
         nanogpt-*)
-            ranks 1 mpilm.bench gpu --part steps --case "${1#*-}" --rounds 3 --steps 4 --nanogpt "$NANOGPT" --json ;;
+            ranks 1 mpilm.bench gpu --part steps --case "${1#*-}" --rounds 3 --steps 4 --nanogpt "${NANOGPT:?}" --json ;;
         shared-*) ranks 2 mpilm.bench gpu --part steps --case "${1#shared-}" --rounds 3 --steps 4 --json ;;
         reproducible-*)
             ranks 1 mpilm.bench gpu --part steps --case "${1#*-}" --rounds 3 --steps 4 --reproducible --json ;;

@@ -27,6 +27,7 @@ from torch import Tensor
 from mpilm.bench._contenders import Case, _llama
 from mpilm.log import UserError
 
+ANOTHER_MODEL = ("nanogpt-compile",)   # whose tokens take other FLOPs than ours
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
 
 

@@ -13,7 +13,7 @@ from mpi4py import MPI
 from mpilm import arithmetic, assemble
 from mpilm.arithmetic import Arithmetic
 from mpilm.bench._contenders import Case, _ours
-from mpilm.bench._gpu_peers import Peer, training
+from mpilm.bench._gpu_peers import ANOTHER_MODEL, Peer, training
 from mpilm.comm.transport import Transport
 from mpilm.config import Auto, Config, Run, Sync
 from mpilm.launch import World
@@ -80,7 +80,7 @@ def _tell(emit: Emit, case: Case, flops: int, peak: float, seconds: dict[str, fl
     for who, value in seconds.items():
         speed = case.tokens / value
         emit(case.name, who, speed, "tokens/s")
-        if who.startswith("nanogpt"):   # another model, of other FLOPs
+        if who in ANOTHER_MODEL:
             continue
         emit(case.name, f"{who}, MFU of the measured peak", 100 * speed * flops / peak, "%")
         emit(case.name, f"{who}, MFU of {DATA_SHEET_TFLOPS:.0f} TFLOP/s", speed * flops / DATA_SHEET_TFLOPS / 1e10, "%")

@@ -16,6 +16,7 @@ from tests.chaos.jobs import Curve, Job, losses, weights
 
 ONE: dict[str, Any] = {}
 TEAMS = {"parallel.tp": 2, "model.vocab_size": 258}
+BF16 = {"run.precision": "bf16"}
 LOCAL = {"sync.kind": "local_sgd", "sync.every": 4, "run.reproducible": "false"}
 # name -> (ranks, options); every layout has replicas of everything, or must go back to a checkpoint
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -32,11 +33,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2 x cp2": (4, {"parallel.cp": 2}),
     "a server": (4, {"sync.kind": "parameter_server"}),
     "local sgd": (3, LOCAL),
+    "dp2 in bf16": (2, BF16),
 }
 # Whose weights and losses it ends with, where that is not a run of one rank: these axes enter the bits. None: no such
 # promise is made, only that it gets to the end; under cp that is so when replicas have become fewer.
 TWINS: dict[str, tuple[int, dict[str, Any]] | None] = {
-    "dp2 x tp2": (4, TEAMS), "dp2 x cp2": (4, {"parallel.cp": 2}), "local sgd": None}
+    "dp2 x tp2": (4, TEAMS), "dp2 x cp2": (4, {"parallel.cp": 2}), "local sgd": None, "dp2 in bf16": (1, BF16)}
 FEWER = {"dp2 x cp2"}
 STEPS = 40
 
