@@ -32,6 +32,7 @@ from mpilm.trainer import Trainer
 
 OURS = tuple(name for name in _replicas.names() if name != BASELINE)
 TURN = 2    # steps, of those that send at every one
+SETTLE = 8  # and of their first turn: codes are sent in either way, until the quicker one is known
 MIB = 2**20
 Emit = Callable[[str, str, float, str], None]
 
@@ -60,7 +61,7 @@ def run(comm: MPI.Comm, emit: Emit, *, who: str, steps: int, rounds: int, mbit_s
         runs = {name: _trainer(stack, config, comm) for name, config in configs.items()}
         warm_up(runs, steps)
         with emulated(Line(mbit_s, latency_ms)):
-            take_turns(comm, runs, configs, 1)
+            take_turns(comm, runs, configs, 1, steps=SETTLE)
             speeds, sent = take_turns(comm, runs, configs, rounds)
         for name, values in speeds.items():
             emit(f"{mbit_s} Mbit/s", name, statistics.median(values), "tokens/s")
@@ -91,20 +92,24 @@ def warm_up(runs: dict[str, Trainer], steps: int) -> None:
         advance(trainer, (steps // 8 // EVERY + 1) * EVERY)
 
 
-def take_turns(comm: MPI.Comm, runs: dict[str, Trainer], configs: dict[str, Config],
-               rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Tokens/s of every turn, and MiB that the busiest rank sent in a step. Collective over `comm`."""
+def take_turns(comm: MPI.Comm, runs: dict[str, Trainer], configs: dict[str, Config], rounds: int, *,
+               steps: int = TURN) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Tokens/s of every turn, and MiB that the busiest rank sent in a step. Collective over `comm`.
+
+    Args:
+        steps: Of a turn of those that send at every step.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     sent: dict[str, float] = {}
     names = list(runs)
     for turn in range(rounds):
         for place in range(len(names)):
             name = names[(place + turn) % len(names)]
-            steps = EVERY if configs[name].sync.kind == "local_sgd" else TURN
+            repeats = EVERY if configs[name].sync.kind == "local_sgd" else steps
             before = Traffic.sent
-            seconds = timed(comm, runs[name].step, repeats=steps)
+            seconds = timed(comm, runs[name].step, repeats=repeats)
             speeds[name].append(_replicas.tokens(configs[name]) / seconds)
-            sent[name] = comm.allreduce(Traffic.sent - before, op=MPI.MAX) / steps / MIB
+            sent[name] = comm.allreduce(Traffic.sent - before, op=MPI.MAX) / repeats / MIB
             _progress(comm, f"round {turn + 1} of {rounds}: {name} {speeds[name][-1]:,.0f} tokens/s")
     return speeds, sent
 

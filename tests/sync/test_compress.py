@@ -19,6 +19,7 @@ from mpilm.launch import session
 from mpilm.log import UserError
 from mpilm.sync import compress
 from mpilm.sync._layout import Parameter, lay_out
+from mpilm.sync.compress import Codec
 from mpilm.sync.compress._exchange import Exchange
 from mpilm.sync.compress._parcels import HEAD
 from tests.helpers import everywhere, same_everywhere
@@ -134,7 +135,7 @@ def test_an_unknown_code_is_refused_with_those_there_are():
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 5, 70_001])
+@pytest.mark.parametrize("count", [0, 1, 5, 70_001, 5 * Codec.PIECE + 1234])
 def test_a_sum_over_ranks_is_exact_but_for_the_residuals(name, count, small, comm: MPI.Comm):
     """What all ranks were given is what came out and what all residuals hold; every rank has the same bits."""
     exchange = Exchange(compress.get(name)(), comm, count, small=small)
@@ -203,7 +204,7 @@ def test_the_bytes_sent_are_those_of_the_code(name, comm: MPI.Comm):
     exchange, before = Exchange(compress.get(name)(), comm, count, small=False), Traffic.sent
     exchange.reduce(draw(count, 1, comm.rank).numpy())
     sent = Traffic.sent - before
-    sizes = [HEAD + exchange.codec.size(piece.stop - piece.start) for piece in exchange.cut]
+    sizes = [HEAD * len(exchange.pieces) + exchange.codec.size(piece.stop - piece.start) for piece in exchange.cut]
     mine = sizes[comm.rank]
     everywhere(comm, sent == sum(sizes) - mine + mine * (comm.size - 1), f"{sent}")
 

@@ -49,7 +49,13 @@ class Way(ABC):
 
 
 class Codec(Way):
-    """Float32 values <-> bytes. A value that is NaN or infinite makes at least one decoded value so."""
+    """Float32 values <-> bytes. A value that is NaN or infinite makes at least one decoded value so.
+
+    Attributes:
+        PIECE: Values that are sent at a time, some chunks.
+    """
+
+    PIECE: ClassVar[int] = 2 * CHUNK
 
     def over(self, collective: Collective, layout: Layout) -> Callable[[Array], None]:
         """As Way: encoded segments go to their owners, and encoded sums to everyone."""

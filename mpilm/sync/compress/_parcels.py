@@ -11,69 +11,58 @@ the slowest rank travels with the next one, so that all ranks choose the same.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import zstandard
-from mpi4py import MPI
 
-from mpilm.comm import arrays, p2p
+from mpilm.comm.devices import HOST, Device
 
-TAG = 201
 HEAD = 16           # bytes, so that codes begin where any of their numbers may
 LEVEL = 1           # of zstd: half a GB/s, and level 3 saves a twentieth more
 
 
 class Parcel:
-    """Room for codes of `size` bytes, `data`, and for what they travel with: the `seconds`.
+    """Room for codes of up to `size` bytes, and for what they travel with.
 
     Args:
-        memory: Makes host memory of (bytes, dtype).
+        device: Where codes are made. They travel through pinned memory of the host.
+
+    Attributes:
+        room: What is received into.
+        codes: uint8, where codes are made and read.
+        seconds: One float64 that travels with them.
     """
 
-    def __init__(self, size: int, memory: Callable[[int, npt.DTypeLike], np.ndarray] = np.zeros) -> None:
-        self.room = memory(HEAD + size, np.uint8)
+    def __init__(self, size: int, device: Device = HOST) -> None:
+        self._device = device
+        self.room = device.pinned(HEAD + size, np.uint8)
         self.room.fill(0)
-        self.length, self.seconds = self.room[:8].view(np.int64), self.room[8:HEAD].view(np.float64)
-        self.data = self.room[HEAD:]
+        self._length, self.seconds = self.room[:8].view(np.int64), self.room[8:HEAD].view(np.float64)
+        self._data = self.room[HEAD:]
+        self.codes = self._data if device.shares else device.zeros(size, np.uint8)
 
-    def pack(self, *, small: bool) -> np.ndarray:
-        """What is to be sent of `data`: in zstd where that is asked for and is shorter."""
-        self.length[0] = 0
-        if not small or self.room.size > arrays.MESSAGE_BYTES:  # sent in several messages, and both ends count them
-            return self.room
-        frame = zstandard.ZstdCompressor(level=LEVEL).compress(self.data.data)
-        if len(frame) >= self.data.size:
-            return self.room
-        self.length[0] = len(frame)
-        return np.frombuffer(self.room[:HEAD].tobytes() + frame, np.uint8)
+    def pack(self, size: int, *, small: bool) -> np.ndarray:
+        """What is to be sent of the first `size` bytes of codes: in zstd where that is asked for and is shorter."""
+        data = self._data[:size]
+        if not self._device.shares:
+            self._device.to_host(self.codes[:size], data)
+            self._device.settle()
+        self._length[0] = 0
+        if small:
+            frame = zstandard.ZstdCompressor(level=LEVEL).compress(data.data)
+            if len(frame) < size:
+                self._length[0] = len(frame)
+                return np.frombuffer(self.room[:HEAD].tobytes() + frame, np.uint8)
+        return self.room[:HEAD + size]
 
-    def unpack(self) -> None:
-        """Bring what was received into `room` to `data`."""
-        if length := int(self.length[0]):
-            self.data[:] = np.frombuffer(zstandard.ZstdDecompressor().decompress(self.data[:length].data), np.uint8)
-
-
-def swap(comm: MPI.Comm, outgoing: list[Parcel], incoming: list[Parcel], *, small: bool) -> None:
-    """Parcel number r of `outgoing` goes to rank r, and what r sent to me into `incoming`[r]. Collective over `comm`.
-    """
-    rank, ledger = comm.rank, p2p.Ledger()
-    others = [(rank + step) % comm.size for step in range(1, comm.size)]
-    for other in reversed(others):
-        for part in arrays.messages(incoming[other].room):
-            ledger.receive(comm, part, source=other, tag=TAG)
-    packed: dict[int, np.ndarray] = {}
-    for other in others:
-        parcel = outgoing[other]
-        if id(parcel) not in packed:    # everyone may get the same
-            packed[id(parcel)] = parcel.pack(small=small)
-        for part in arrays.messages(packed[id(parcel)]):
-            ledger.send(comm, part, dest=other, tag=TAG)
-    incoming[rank].room[:] = outgoing[rank].room
-    ledger.wait()
-    for other in others:
-        incoming[other].unpack()
+    def unpack(self, size: int) -> None:
+        """Make what was received into `room` the first `size` bytes of codes."""
+        data = self._data[:size]
+        if length := int(self._length[0]):
+            data[:] = np.frombuffer(zstandard.ZstdDecompressor().decompress(self._data[:length].data), np.uint8)
+        if not self._device.shares:
+            self._device.to_device(data, self.codes[:size])
+            self._device.settle()   # the next message comes to the same memory
 
 
 class Quicker:
