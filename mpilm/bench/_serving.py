@@ -58,7 +58,7 @@ class Emulation:
         """An update on the server, push and pull on a worker."""
         if self.server is not None:
             self.server.serve(self.update)
-            self.server.finish()
+            self.server.drain()
             return
         for bucket in self.sync.buckets:
             self.worker.submit(bucket.depart(0, last=True))
@@ -68,6 +68,8 @@ class Emulation:
         """Collective over `comm`."""
         if self.server is None:
             self.worker.close()
+        else:
+            self.server.finish()
         self.roles.free()
 
 
@@ -135,7 +137,7 @@ def pace(comm: MPI.Comm, count: int, staleness: float, plan: Pace) -> float:
     if emulation.server is not None:
         while not emulation.server.clocks.over:
             emulation.server.serve(emulation.update)
-        emulation.server.finish()
+        emulation.server.drain()
     else:
         side = emulation.roles.side
         for sleep_s in plan.of(side.rank, side.size):

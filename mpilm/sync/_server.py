@@ -120,10 +120,15 @@ class Server:
                      update.skipped_in_a_row, self.staleness)
 
     def finish(self) -> None:
-        """Return when everything that was sent has arrived. Gradients that nobody will send are not waited for."""
+        """Return when everything that was sent has arrived. Gradients that nobody will send are not waited for: this is
+        the end."""
         for worker in self.clocks.computing:
             for bucket in self.buckets:
                 bucket.give_up(worker)
+        self.drain()
+
+    def drain(self) -> None:
+        """Return when everything that was sent has arrived."""
         for bucket in self.buckets:
             bucket.sends.wait()
         self._replies.wait()

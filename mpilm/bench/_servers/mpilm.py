@@ -53,7 +53,7 @@ def _with_server(config: Config, world: World, case: Case) -> Step:
 
     def step() -> float:
         server.serve(update)
-        server.finish()
+        server.drain()
         return 0.0
 
     return step
