@@ -20,7 +20,7 @@ from mpilm.comm.devices import HOST, Device
 from mpilm.config import Config
 from mpilm.launch import World
 from mpilm.log import UserError, warn
-from mpilm.model import count, precision
+from mpilm.model import count, precision, products
 from mpilm.model.shape import Shape
 
 # Compiling takes about half a minute, and saves about a fifth of a step: operations of a run that is long enough,
@@ -43,8 +43,8 @@ class Arithmetic:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes with."""
-        return precision.DTYPES[self.precision]
+        """Of weights and activations."""
+        return precision.DTYPES[precision.carrier(self.precision)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
@@ -63,19 +63,29 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
         The decision and the matmul peak of all ranks together, FLOP/s.
 
     Raises:
-        UserError: `run.compile on` where a rank has no C++ compiler.
+        UserError: `run.compile on` where a rank has no C++ compiler; `run.precision fp8` where the device or the model
+            is not made for it.
     """
     threads = config.run.threads or (1 if config.run.reproducible else world.threads)
     torch.set_num_threads(threads)
     given = recorded.get("precision") if config.run.precision == "auto" else config.run.precision
     given = world.comm.bcast(given)
-    speeds = precision.measure([given] if given else precision.DTYPES, device=device.torch)
+    if given == precision.FP8:
+        _require_fp8(config, world, shape, device)
+    speeds = precision.measure([precision.carrier(given)] if given else precision.DTYPES, device=device.torch)
     chosen = world.comm.bcast(given or precision.best(speeds))
     decision = Arithmetic(chosen, _compiles(config, world, shape, recorded), threads, config.data.micro_batch_size,
                           config.run.reproducible, cpu_model() if device is HOST else device.title, torch.__version__)
     _warn_of_changes(decision, recorded)
     _warn_of_mixed_machines(decision, world)
-    return decision, world.comm.allreduce(speeds[chosen])
+    return decision, world.comm.allreduce(speeds[precision.carrier(chosen)])
+
+
+def _require_fp8(config: Config, world: World, shape: Shape, device: Device) -> None:
+    products.check(shape, config.parallel.tp)
+    if not world.comm.allreduce(device.fp8, op=MPI.LAND):
+        raise UserError("--run.precision fp8: a GPU of this run has no units for it; NVIDIA's have them from compute "
+                        "capability 8.9 on. Type --run.precision bf16.")
 
 
 def _compiles(config: Config, world: World, shape: Shape, recorded: Mapping[str, Any]) -> bool:

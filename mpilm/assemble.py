@@ -31,6 +31,7 @@ from mpilm.log import UserError
 from mpilm.metrics import Metrics
 from mpilm.model import count, precision
 from mpilm.model.gpt import GPT
+from mpilm.model.products import use_fp8
 from mpilm.model.shape import Shape
 from mpilm.model.slices import Slices
 from mpilm.optim import Update
@@ -204,6 +205,9 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     context, split = connect.context(mesh), connect.split(config, world, mesh, shape, decision)
     parts = [GPT(shape, units, context, split)
              for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
+    if decision.precision == precision.FP8:
+        for part in parts:
+            use_fp8(part)
     update = Update(config.optim, config.run.steps)
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype,
                                roles=roles, transport=transport)
@@ -297,4 +301,4 @@ def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:
     model = GPT(shape)
     for name, tensor in model.tensors():
         tensor.copy_(torch.from_numpy(reader.read(f"model.{name}", 0, tensor.numel())).view(tensor.shape))
-    return model.to(device, precision.DTYPES[reader.meta["arithmetic"]["precision"]])
+    return model.to(device, precision.DTYPES[precision.carrier(reader.meta["arithmetic"]["precision"])])

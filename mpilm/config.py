@@ -24,7 +24,8 @@ class Run:
         resume: Where the run begins: `auto` (the newest complete checkpoint of the run directory), `never` (step 0), or
             a checkpoint's path. Until it has finished, the same command goes on from what the run has saved.
         reproducible: The same bits on any number of ranks.
-        precision: Arithmetic of the model: `auto` takes bf16 where it is measurably faster.
+        precision: Arithmetic of the model: `auto` takes bf16 where it is measurably faster; `fp8` is bf16 but for the
+            products of linear layers, forwards and for their inputs' gradients.
         compile: torch.compile: `auto` where the run is long enough to pay for it.
         threads: Threads of a rank; 0: one in reproducible mode, else the rank's share of the cores.
         spares: Ranks that wait to step in for those that die, where the launcher lets the others go on (mpirun
@@ -46,7 +47,7 @@ class Run:
     seed: int = 1
     resume: str = "auto"
     reproducible: bool = True
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
     compile: Auto = "auto"
     threads: int = 0
     spares: int = 0

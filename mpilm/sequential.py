@@ -43,6 +43,8 @@ def build(layers: nn.Sequential | Sequence[nn.Module], loss: Loss, inputs: Any, 
     if config.sync.kind == "sharded" and config.sync.level == 3:
         raise UserError("sync.level 3: layers of your own do not say when they compute, so their weights can't come "
                         "and go; give level 2.")
+    if config.run.precision == precision.FP8:
+        raise UserError("run.precision fp8: layers of your own multiply as they are made to; give bf16 or fp32.")
     torch.set_num_threads(config.run.threads or (1 if config.run.reproducible else world.threads))
     named = deal.named(layers)
     data = _arrays(inputs, targets)

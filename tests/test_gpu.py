@@ -47,11 +47,13 @@ def same(one: Found, other: Found) -> bool:
     return one[:2] == other[:2] and all(torch.equal(one[2][name], value) for name, value in other[2].items())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("way", WAYS)
 def test_any_number_of_ranks_has_the_bits_of_one(
     way: str, precision: str, transport: Transport, comm: MPI.Comm
 ) -> None:
+    if precision == "fp8" and not transport.device.fp8:
+        pytest.skip("the GPU has no units for fp8")
     expected = train(configuration("shared"), Staged(transport.device), precision, together=False)
     for name in ("shared", "tree"):
         if name == "shared" or comm.size & (comm.size - 1) == 0:

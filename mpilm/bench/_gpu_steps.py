@@ -17,7 +17,7 @@ from mpilm.bench._gpu_peers import ANOTHER_MODEL, Peer, training
 from mpilm.comm.transport import Transport
 from mpilm.config import Auto, Config, Run, Sync
 from mpilm.launch import World
-from mpilm.model import count
+from mpilm.model import count, precision
 
 Emit = Callable[[str, str, float, str], None]
 DATA_SHEET_TFLOPS = 989.0   # H100 and H200, bf16, dense
@@ -47,11 +47,12 @@ CASES = {
 
 
 def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: int, steps: int, reproducible: bool,
-        peers: Mapping[str, Peer]) -> None:
+        fp8: bool, peers: Mapping[str, Peer]) -> None:
     """Measure one case. Collective over the world.
 
     Args:
         reproducible: Also measure reproducible mode.
+        fp8: Also measure linear layers in fp8, whose MFU is that of the same FLOPs and the same peak.
         peers: By name; each is one process, so they take part with one rank only.
     """
     work = CASES[name]
@@ -61,6 +62,8 @@ def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: in
     contenders = {"mpilm": _ours_step(world, transport, work, decision)}
     if reproducible:
         contenders["mpilm-reproducible"] = _ours_step(world, transport, work, replace(decision, reproducible=True))
+    if fp8:
+        contenders["mpilm-fp8"] = _ours_step(world, transport, work, replace(decision, precision=precision.FP8))
     for who, peer in peers.items() if world.size == 1 else ():
         contenders[who] = training(peer, work.case, micro_batches=work.micro_batches, device=transport.device.torch)
     for step in contenders.values():

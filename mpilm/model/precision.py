@@ -15,6 +15,7 @@ from torch import Tensor
 from mpilm.progress import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FP8 = "fp8"             # bf16, but for the products of linear layers (products.py)
 SIZES = (128, 256, 512, 1024)   # the last: large enough for the matrix units, small enough for 10 ms in float32
 GPU_SIZES = (8192,)     # 2 ms a product in bf16
 ROUNDS = 5
@@ -50,6 +51,11 @@ def _speeds(names: Iterable[str], size: int, rounds: int, device: str) -> dict[s
             seconds[name] = min(seconds[name], _time(a))
             Work.done += 1  # seconds each, where a busy machine has no units for one of them
     return {name: 2 * size ** 3 / taken for name, taken in seconds.items()}
+
+
+def carrier(name: str) -> str:
+    """The precision of weights and activations, one of DTYPES: fp8's are bf16."""
+    return "bf16" if name == FP8 else name
 
 
 def best(speeds: Mapping[str, float]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mpilm.log import UserError
 from mpilm.model import recompute
+from mpilm.model.products import KINDS, Plain, weight_gradient
 from mpilm.model.seed import seed
 
 Rows = tuple[int, ...]
@@ -32,15 +33,17 @@ Rows = tuple[int, ...]
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_tap: Tensor, dy_tap: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_tap: Tensor, dy_tap: Tensor,
+                products: type[Plain]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x, weight, bias)
+        ctx.products = products
+        return products.outputs(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, = gradients
         x, weight = ctx.saved_tensors
-        return dy @ weight, None, None, x, dy
+        return ctx.products.inputs(dy, weight), None, None, x, dy, None
 
 
 class Linear(nn.Linear):
@@ -48,9 +51,10 @@ class Linear(nn.Linear):
 
     x_tap: Tensor
     dy_tap: Tensor
+    products: type[Plain]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Linear.apply(x, self.weight, self.bias, self.x_tap, self.dy_tap)
+        y: Tensor = _Linear.apply(x, self.weight, self.bias, self.x_tap, self.dy_tap, self.products)
         return y
 
 
@@ -67,10 +71,11 @@ class Deferred:
         self.own = own or {}
         self.layers: list[Linear] = []
         chosen = own if own is not None else [module for module in part.modules()
-                                              if type(module) is nn.Linear and module.bias is None]
+                                              if type(module) in KINDS and module.bias is None]
         for module in chosen:
-            module.__class__ = Linear
+            products, module.__class__ = KINDS[type(module)], Linear
             assert isinstance(module, Linear)
+            module.products = products
             self.layers.append(module)
         late = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         named = dict(part.named_parameters())
@@ -126,14 +131,9 @@ class Half:
         for layer in reversed(self.layers):
             dy, x = self.operands.pop(), self.operands.pop()
             if x is not None and dy is not None:
-                _deliver(layer.weight, product(x, dy))
+                _deliver(layer.weight, weight_gradient(x, dy))
                 if layer.bias is not None:
                     _deliver(layer.bias, dy.flatten(0, -2).sum(0))
-
-
-def product(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient [out, in] of a weight, as autograd computes it: its transpose would be other bits in float32."""
-    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
 def _require_none(gradient: Tensor | None) -> None:

@@ -127,6 +127,11 @@ class Device(ABC):
     def title(self) -> str:
         """Its name, for a person."""
 
+    @property
+    def fp8(self) -> bool:
+        """Whether torch multiplies fp8 there."""
+        return True
+
     def local_sum(self, leaves: Sequence[range], *, first: int, size: int, mine: int) -> NodeSum:
         """As LocalSum, which serves wherever NumPy's functions take the arrays."""
         return LocalSum(leaves, first=first, size=size, mine=mine, zeros=self.zeros, grain=self.grain)

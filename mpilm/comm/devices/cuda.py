@@ -23,6 +23,7 @@ from mpilm.comm.order import BLOCK
 from mpilm.log import UserError
 
 ALLOCATION_BYTES = 2 * 2**20    # cudaMalloc puts smaller ones together, and opening one would open its neighbours
+FP8_CAPABILITY = 89             # of NVIDIA's, 10 times the number
 BLOCKS = 1024                   # of a grid whose threads go through a long array
 APART = ("The ranks of a node can't open each other's GPU memory ({reason}). They must see each other's GPUs: srun "
          "--gpus-per-node=N --gpu-bind=none instead of --gpus-per-task; MIG instances never do.")
@@ -146,6 +147,11 @@ class Cuda(Device):
         """As Device."""
         name = self._properties()["name"]
         return name.decode() if isinstance(name, bytes) else str(name)
+
+    @property
+    def fp8(self) -> bool:
+        """As Device."""
+        return not self._runtime.is_hip and int(self._device.compute_capability) >= FP8_CAPABILITY
 
     def _properties(self) -> dict[str, Any]:
         properties: dict[str, Any] = self._runtime.getDeviceProperties(self.index)
