@@ -17,7 +17,7 @@ out=runs/gpu_check
 device=${MPILM_CHECK_DEVICE:-cuda}
 read -ra mpirun <<<"${MPIRUN:-mpirun}"
 deadline=$((${MINUTES:-12} * 60))
-parts=(facts links steps-124m tests-2 steps-350m tests-1 bits steps-1300m shared-350m tests-4 reproducible-350m fp8-1300m)
+parts=(facts links steps-124m tests-2 steps-350m tests-1 bits steps-1300m shared-350m tests-4 reproducible-350m fp8-350m)
 [ -z "$NANOGPT" ] || parts+=(nanogpt-124m nanogpt-350m nanogpt-1300m)
 MOST=150 # seconds of a part
 mkdir -p "$out"

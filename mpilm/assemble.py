@@ -29,9 +29,8 @@ from mpilm.heartbeat import Pulse
 from mpilm.launch import World, on_root
 from mpilm.log import UserError
 from mpilm.metrics import Metrics
-from mpilm.model import count, precision
+from mpilm.model import count, products
 from mpilm.model.gpt import GPT
-from mpilm.model.products import use_fp8
 from mpilm.model.shape import Shape
 from mpilm.model.slices import Slices
 from mpilm.optim import Update
@@ -205,9 +204,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     context, split = connect.context(mesh), connect.split(config, world, mesh, shape, decision)
     parts = [GPT(shape, units, context, split)
              for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
-    if decision.precision == precision.FP8:
-        for part in parts:
-            use_fp8(part)
+    products.use(decision.precision, parts)
     update = Update(config.optim, config.run.steps)
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype,
                                roles=roles, transport=transport)
@@ -293,12 +290,3 @@ def _saver(config: Config, world: World, everyone: MPI.Comm, holds: Holder, shar
     """Of `everyone` who has something to save, those of `sharing` have the same tensors."""
     return Saver(writer(config, world.dup("checkpoint", everyone)), holds, slices, sharing, config.checkpoint,
                  about=about, reader=reader)
-
-
-def trained(reader: Reader, device: torch.device | str = "cpu") -> GPT:
-    """The model of a checkpoint, in the precision it was trained in, by itself: for evaluation and generation."""
-    shape = Shape(**reader.meta["shape"])
-    model = GPT(shape)
-    for name, tensor in model.tensors():
-        tensor.copy_(torch.from_numpy(reader.read(f"model.{name}", 0, tensor.numel())).view(tensor.shape))
-    return model.to(device, precision.DTYPES[precision.carrier(reader.meta["arithmetic"]["precision"])])

@@ -23,7 +23,7 @@ def main() -> None:
         with startup.loading():
             import torch
 
-            from mpilm import assemble, resume
+            from mpilm import assemble, resume, trained
             from mpilm.parallel import pipeline
 
         torch.set_num_threads(world.threads)
@@ -32,7 +32,7 @@ def main() -> None:
         config.data.path = options.data or config.data.path
         config.log.validation_sequences = options.sequences
         resume.require_tokenizer(reader, config.data.path)
-        validation = assemble.validation(config, pipeline.alone(assemble.trained(reader, world.device)), world.comm)
+        validation = assemble.validation(config, pipeline.alone(trained.model(reader, world.device)), world.comm)
         loss = validation.loss()
         say(f"{reader.path}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over "
             f"{validation.tokens:,} tokens")

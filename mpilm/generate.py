@@ -32,13 +32,13 @@ def main() -> None:
         raise UserError("--tokens: give a number from 1 up; --temperature and --seed: from 0 up.")
     with launch.session() as world:
         with startup.loading():
-            from mpilm import assemble, resume
+            from mpilm import resume, trained
 
         reader = resume.open_run(options.path, world.comm)
         config = resume.config_of(reader)
         path = options.data or config.data.path
         resume.require_tokenizer(reader, path)
-        text = sample(assemble.trained(reader), path, options.prompt, num_tokens=options.tokens,
+        text = sample(trained.model(reader), path, options.prompt, num_tokens=options.tokens,
                       context=config.data.sequence_length, temperature=options.temperature, seed=options.seed)
         say(text)
 

@@ -53,6 +53,7 @@ class Serving:
         """Serve until all workers have done `run.steps` steps, or something asks for a stop: returns what."""
         while not self.server.clocks.over and self.reason is None:
             self.step()
+            self._after_step()
         self.server.finish()
         self.saver.wait()
         self._tell()
@@ -71,6 +72,9 @@ class Serving:
         self.state.step = clocks.slowest
         self.state.applied, self.state.skipped = self.update.applied, self.update.skipped
         heed_skips(self.config, max(clocks.done), self.update, self.server.grad_norm)
+
+    def _after_step(self) -> None:
+        clocks = self.server.clocks
         if clocks.met:
             self.where.step = self.state.step
             self.where.enter("saving")

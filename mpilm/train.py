@@ -81,7 +81,7 @@ def built_in(world: World) -> str:
 
 def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
     """Print validation loss beside the unigram entropy, a sample, and where the run is. Collective over the world."""
-    from mpilm import assemble, generate, resume
+    from mpilm import assemble, generate, resume, trained
     from mpilm.data.shards import unigram_entropy
     from mpilm.parallel import layout
 
@@ -101,7 +101,7 @@ def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
     say("\n" + "\n".join(lines))
     reader = resume.open_run(path, world.comm)  # a rank of a pipeline has only a part of the model
     if world.rank == 0:
-        text = generate.sample(assemble.trained(reader), config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
+        text = generate.sample(trained.model(reader), config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
                                context=config.data.sequence_length, temperature=0.7, seed=config.run.seed)
         say(f"\nthe model writes:\n{text}")
     world.comm.Barrier()

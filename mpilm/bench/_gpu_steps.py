@@ -52,7 +52,8 @@ def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: in
 
     Args:
         reproducible: Also measure reproducible mode.
-        fp8: Also measure linear layers in fp8, whose MFU is that of the same FLOPs and the same peak.
+        fp8: Also measure linear layers in fp8, where there are units for it; MFU is that of the same FLOPs and
+            the same peak.
         peers: By name; each is one process, so they take part with one rank only.
     """
     work = CASES[name]
@@ -62,7 +63,7 @@ def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: in
     contenders = {"mpilm": _ours_step(world, transport, work, decision)}
     if reproducible:
         contenders["mpilm-reproducible"] = _ours_step(world, transport, work, replace(decision, reproducible=True))
-    if fp8:
+    if fp8 and world.comm.allreduce(transport.device.fp8, op=MPI.LAND):
         contenders["mpilm-fp8"] = _ours_step(world, transport, work, replace(decision, precision=precision.FP8))
     for who, peer in peers.items() if world.size == 1 else ():
         contenders[who] = training(peer, work.case, micro_batches=work.micro_batches, device=transport.device.torch)

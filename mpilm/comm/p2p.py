@@ -35,6 +35,8 @@ TAG_SUMS = 105
 TAG_PUSH = 106  # gradients, to servers
 TAG_PULL = 107  # parameters, from servers, and what is told with them
 TAG_TRIED = 108  # of a device: whether it arrives
+TAG_CODES = 109  # of gradients that are compressed, to whoever sums them
+TAG_CODED_SUMS = 110
 TAG_STAGES = 1024  # and above: two for every cut between pipeline stages
 
 

@@ -4,7 +4,7 @@
     dx [rows, in]  = dy [rows, out] @ weight            inputs
     dweight        = dy^T @ x                           always in the weights' dtype
 
-    use_fp8(part)       the linear layers of a model's part make the first two in fp8 from now on
+    use("fp8", [part])      the linear layers of a model's part make the first two in fp8 from now on
 
 In fp8, operands are float8_e4m3fn (arXiv 2209.05433): 4 bits of exponent, 3 of mantissa. Every row of them, along which
 products are summed, has a scale of its own that makes its largest magnitude the largest there is. Sums are float32. So
@@ -15,17 +15,19 @@ keep their precision, which costs a third of what fp8 could save.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpilm.log import UserError
+from mpilm.model.precision import FP8
 from mpilm.model.shape import Shape
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
-LEAST = 1e-12       # of a scale: a row of zeros has one too
+LEAST = torch.finfo(torch.float32).tiny     # of a scale: a row of zeros has one too
 GRAIN = 16          # both widths of a weight are multiples of it, for the units of GPUs
 
 
@@ -82,9 +84,12 @@ class Fp8Linear(nn.Linear):
 KINDS: dict[type[nn.Linear], type[Plain]] = {nn.Linear: Plain, Fp8Linear: Fp8}     # what layers multiply with
 
 
-def use_fp8(part: nn.Module) -> None:
-    """Make `part`'s plain linear layers multiply in fp8; those that are more than that, as the head, are left alone."""
-    for module in part.modules():
+def use(name: str, parts: Iterable[nn.Module]) -> None:
+    """Make the plain linear layers of `parts` multiply in the precision `name`: only fp8 is anything to them.
+
+    Those that are more than that, as the head, are left alone.
+    """
+    for module in [module for part in parts for module in part.modules()] if name == FP8 else ():
         if type(module) is nn.Linear and module.bias is None:
             module.__class__ = Fp8Linear
 

@@ -128,7 +128,7 @@ class Server:
         self.drain()
 
     def drain(self) -> None:
-        """Return when everything that was sent has arrived."""
+        """Return when everything that was sent has arrived; what workers will send next can still come."""
         for bucket in self.buckets:
             bucket.sends.wait()
         self._replies.wait()

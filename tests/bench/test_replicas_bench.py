@@ -42,14 +42,14 @@ def test_quality_has_a_line_for_all(comm, data):
     """Losses are those of real runs; what is sent is what was to be."""
     figures = {}
     text = quality.run(comm, lambda case, who, value, unit: figures.setdefault(case, {}).update({who: value}),
-                       who="allreduce-int8,local_sgd,server_inf", steps=16)
-    assert list(figures["loss"]) == ["allreduce", "allreduce-int8", "local_sgd", "server_inf"]
+                       who="allreduce-int8,local_sgd,server,server_inf", steps=16)
+    assert list(figures["loss"]) == ["allreduce", "allreduce-int8", "local_sgd", "server", "server_inf"]
     assert all(math.isfinite(value) for value in figures["loss"].values())
     assert abs(figures["loss"]["allreduce-int8"] - figures["loss"]["allreduce"]) < 0.05
     sent = figures["sent"]
     assert 0 < sent["allreduce-int8"] < sent["allreduce"] / 3, "a quarter, and nothing of what lies between parameters"
     assert sent["local_sgd"] < sent["allreduce"] / 10, "16 steps are no round"
-    assert len(text.splitlines()) == 6
+    assert len(text.splitlines()) == 7
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from mpilm.log import UserError
 from mpilm.sync import compress
 from mpilm.sync._layout import Parameter, lay_out
 from mpilm.sync.compress import Codec
-from mpilm.sync.compress._exchange import Exchange
+from mpilm.sync.compress._base import CHUNK
+from mpilm.sync.compress._exchange import UNDER_WAY, Exchange
 from mpilm.sync.compress._parcels import HEAD
 from tests.helpers import everywhere, same_everywhere
 from tests.training_cases import LENGTH, VOCAB, configuration, windows
@@ -135,10 +136,27 @@ def test_an_unknown_code_is_refused_with_those_there_are():
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 5, 70_001, 5 * Codec.PIECE + 1234])
+@pytest.mark.parametrize("count", [0, 1, 5, 70_001])
 def test_a_sum_over_ranks_is_exact_but_for_the_residuals(name, count, small, comm: MPI.Comm):
     """What all ranks were given is what came out and what all residuals hold; every rank has the same bits."""
+    exact_but_for_residuals(Exchange(compress.get(name)(), comm, count, small=small), comm, count)
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("synchronous", [False, True])
+def test_room_is_used_again_when_what_was_there_is_through(name, synchronous, small, comm: MPI.Comm, monkeypatch):
+    """More pieces than are under way; also under an MPI that buffers nothing."""
+    monkeypatch.setattr(Codec, "PIECE", CHUNK)
+    count = (2 * UNDER_WAY * CHUNK + 1234) * comm.size
     exchange = Exchange(compress.get(name)(), comm, count, small=small)
+    assert len(exchange.pieces) > 2 * UNDER_WAY
+    for turn in exchange._turns:
+        turn.ledger.synchronous = synchronous
+    exact_but_for_residuals(exchange, comm, count)
+
+
+def exact_but_for_residuals(exchange, comm, count):
+    """Over three steps."""
     given_, out = np.zeros(count), np.zeros(count)
     for step in range(3):
         buffer = draw(count, 3, comm.rank, step).numpy()

@@ -33,12 +33,14 @@ def contender(case: Case, place: Place) -> Iterator[Step]:
     with session() as world:
         config = configuration(case, place)
         if "server" in place.variants:
-            yield _with_server(config, world, case)
+            with _with_server(config, world, case) as step:
+                yield step
         else:
             yield _alone(config, world, case)
 
 
-def _with_server(config: Config, world: World, case: Case) -> Step:
+@contextmanager
+def _with_server(config: Config, world: World, case: Case) -> Iterator[Step]:
     from mpilm import assemble
     from mpilm.model.slices import Slices
     from mpilm.state import TrainState, initial
@@ -47,7 +49,8 @@ def _with_server(config: Config, world: World, case: Case) -> Step:
     roles = assemble.assign(config, world)
     if not roles.serving:
         core, batches = _ours.begun(assemble.build(config, world, shape, decision, roles), config, case)
-        return lambda: _ours.step(core, batches)
+        yield lambda: _ours.step(core, batches)
+        return
     read = initial(Slices(shape), config.run.seed)
     server, update = assemble.serve(config, shape, decision, roles, TrainState(), read)
 
@@ -56,7 +59,8 @@ def _with_server(config: Config, world: World, case: Case) -> Step:
         server.drain()
         return 0.0
 
-    return step
+    yield step
+    server.finish()
 
 
 def _alone(config: Config, world: World, case: Case) -> Step:

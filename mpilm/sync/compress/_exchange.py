@@ -11,8 +11,8 @@ while it travels, whatever the number of ranks. Both residuals are fed back, so 
 2 (size - 1) / size of the encoded buffer, or less (`_parcels.py`). The owner too uses what others decode, so all ranks
 end with the same bits.
 
-All of this is done a piece of every segment at a time, so that nobody's line is idle while codes are made, and three
-pieces are under way:
+All of this is done a piece of every segment at a time, so that messages travel while codes are made, and three pieces
+are under way:
 
     turn     0         1         2         3
              send 0    send 1    send 2    send 3
@@ -38,7 +38,6 @@ from mpilm.sync.compress._parcels import Parcel, Quicker
 if TYPE_CHECKING:
     from mpilm.sync.compress._base import Codec
 
-TAG_VALUES, TAG_SUMS = 201, 202
 UNDER_WAY = 3
 
 
@@ -91,7 +90,7 @@ class Exchange:
             self.codec.squeeze(values[piece], self.lost[piece], parcel.codes[:self._size(piece)])
             if rank != self.comm.rank:
                 parcel.seconds[0] = self.last[1]
-                turn.send(parcel.pack(self._size(piece), small=small), [rank], TAG_VALUES)
+                turn.send(parcel.pack(self._size(piece), small=small), [rank], p2p.TAG_CODES)
 
     def _sum(self, values: torch.Tensor, number: int, *, small: bool) -> None:
         """Add up everyone's values of a piece of mine, encode the sum for everyone, and use what they decode."""
@@ -110,7 +109,7 @@ class Exchange:
         lost = self.lost_in_sum[piece.start - self.mine.start:piece.stop - self.mine.start]
         self.codec.squeeze(parts[0], lost, turn.sum_out.codes[:size])
         values[piece] = parts[0]
-        turn.send(turn.sum_out.pack(size, small=small), turn.others, TAG_SUMS)
+        turn.send(turn.sum_out.pack(size, small=small), turn.others, p2p.TAG_CODED_SUMS)
         if number == 0:     # how long the last sum took everyone
             self.quicker.note(self.last[0], max([self.last[1], *turn.seconds()]))
 
@@ -158,9 +157,11 @@ class _Turn:
     def begin(self) -> None:
         """Once everything of the last time is through, receive what is to come."""
         self.ledger.wait()
-        self.values, self.sums = ([self.ledger.receive(self.comm, parcel.room, source=rank, tag=tag)
-                                   for rank, parcel in parcels.items()]
-                                  for parcels, tag in ((self.values_in, TAG_VALUES), (self.sums_in, TAG_SUMS)))
+        self.values = self._receive(self.values_in, p2p.TAG_CODES)
+        self.sums = self._receive(self.sums_in, p2p.TAG_CODED_SUMS)
+
+    def _receive(self, parcels: dict[int, Parcel], tag: int) -> list[Any]:
+        return [self.ledger.receive(self.comm, parcel.room, source=rank, tag=tag) for rank, parcel in parcels.items()]
 
     def send(self, packed: Array, ranks: Sequence[int], tag: int) -> None:
         """The same to all of them."""

@@ -39,7 +39,7 @@ class Parcel:
         self.room.fill(0)
         self._length, self.seconds = self.room[:8].view(np.int64), self.room[8:HEAD].view(np.float64)
         self._data = self.room[HEAD:]
-        self.codes = self._data if device.shares else device.zeros(size, np.uint8)
+        self.codes = self._data if device.shares else device.empty(size, np.uint8)
 
     def pack(self, size: int, *, small: bool) -> np.ndarray:
         """What is to be sent of the first `size` bytes of codes: in zstd where that is asked for and is shorter."""
