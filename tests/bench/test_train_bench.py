@@ -10,7 +10,7 @@ import pytest
 from mpilm.bench import _contenders
 from mpilm.bench._contenders import CASES
 from mpilm.bench._jobs import Job, JobError
-from tests.helpers import run_nested
+from tests.helpers import UNCOMPILED, run_nested
 
 WHO = ["mpilm-reproducible", "ddp"]
 
@@ -19,7 +19,7 @@ WHO = ["mpilm-reproducible", "ddp"]
 @pytest.mark.slow
 def test_contenders_take_turns_and_json_has_an_object_a_line():
     result = run_nested(2, ["-m", "mpilm.bench", "train", "--json", "--case", "tiny", "--who", ",".join(WHO),
-                            "--rounds", "2", "--steps", "1"], timeout=280)
+                            "--rounds", "2", "--steps", "1"], timeout=280, env=UNCOMPILED)
     assert result.rc == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert all(list(line) == ["bench", "case", "who", "value", "unit"] for line in lines)
