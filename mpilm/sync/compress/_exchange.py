@@ -97,13 +97,11 @@ class Exchange:
         turn, piece = self._turns[number % UNDER_WAY], self.pieces[number][self.comm.rank]
         length, size = piece.stop - piece.start, self._size(piece)
         parts = [part[:length] for part in self._parts]
+        parts[self.comm.rank] = values[piece]
         turn.ledger.wait_for(turn.values)
-        for rank, part in enumerate(parts):
-            if rank == self.comm.rank:
-                part.copy_(values[piece])
-            else:
-                turn.values_in[rank].unpack(size)
-                self.codec.decode(turn.values_in[rank].codes[:size], part)
+        for rank in turn.others:
+            turn.values_in[rank].unpack(size)
+            self.codec.decode(turn.values_in[rank].codes[:size], parts[rank])
         for into, other in self.steps:
             parts[into].add_(parts[other])
         lost = self.lost_in_sum[piece.start - self.mine.start:piece.stop - self.mine.start]
