@@ -36,8 +36,13 @@ test:
 test-2: $(VENV)/.ready-test
 	@$(ACTIVATE) && mpirun -np 2 $(PYTEST) $(ARGS)
 
+# Tests that start jobs mostly wait for them: two runs share the files. Neither is bound to a core.
+test-1: export PRTE_MCA_hwloc_default_binding_policy := none
 test-1: $(VENV)/.ready-test
-	@$(ACTIVATE) && mpirun -np 1 $(PYTEST) -m "serial or not slow" $(ARGS)
+	@$(ACTIVATE) && shared=$$(mktemp -d) && trap 'rm -rf "$$shared"' EXIT && \
+	export MPILM_TEST_BESIDE=$$shared/taken && mkdir "$$shared/taken" && \
+	run() { mpirun -np 1 $(PYTEST) -m "serial or not slow" $(ARGS); } && { run > "$$shared/told" 2>&1 & } && \
+	{ run; code=$$?; wait $$!; other=$$?; cat "$$shared/told"; exit $$((code > other ? code : other)); }
 
 test-3 test-4: test-%: $(VENV)/.ready-test
 	@$(ACTIVATE) && mpirun -np $* $(PYTEST) -m "not slow" $(ARGS)

@@ -17,7 +17,7 @@ out=runs/gpu_check
 device=${MPILM_CHECK_DEVICE:-cuda}
 read -ra mpirun <<<"${MPIRUN:-mpirun}"
 deadline=$((${MINUTES:-12} * 60))
-parts=(facts links steps-124m tests-2 steps-350m tests-1 bits steps-1300m shared-350m tests-4 reproducible-350m fp8-350m)
+parts=(facts links steps-124m tests-2 steps-350m tests-1 bits steps-1300m shared-350m tests-4 reproducible-350m fp8-350m graphs-124m)
 [ -z "$NANOGPT" ] || parts+=(nanogpt-124m nanogpt-350m nanogpt-1300m)
 MOST=150 # seconds of a part
 mkdir -p "$out"
@@ -56,6 +56,7 @@ one() { # what a part runs
         reproducible-*)
             ranks 1 mpilm.bench gpu --part steps --case "${1#*-}" --rounds 3 --steps 4 --reproducible --json ;;
         fp8-*) ranks 1 mpilm.bench gpu --part steps --case "${1#fp8-}" --rounds 3 --steps 4 --fp8 --json ;;
+        graphs-*) ranks 1 mpilm.bench gpu --part steps --case "${1#graphs-}" --rounds 3 --steps 4 --graphs --json ;;
         facts | bits) "$1" ;;
         *) echo "$1: no such part; there are ${parts[*]}" >&2 && return 2 ;;
     esac

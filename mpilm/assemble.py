@@ -213,6 +213,9 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     if decision.compile:
         for part in parts:
             part.compile_parts()
+    if config.run.graphs:
+        for part in parts:
+            part.record(config.data.micro_batch_size, config.data.sequence_length, documents=config.data.mask_documents)
     stages = Pipeline(parts, synchronizer, mesh.pp, schedules.get(parallel.schedule),
                       num_slots=sum(map(len, runs)) * cp, dtype=decision.dtype, transport=transport)
     return Core(mesh, slots, parts, synchronizer, stages, Losses(together, runs, mesh.pp), update)

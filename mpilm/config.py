@@ -27,6 +27,8 @@ class Run:
         precision: Arithmetic of the model: `auto` takes bf16 where it is measurably faster; `fp8` is bf16 but for the
             products of linear layers, forwards and for their inputs' gradients.
         compile: torch.compile: `auto` where the run is long enough to pay for it.
+        graphs: On GPUs, launch each block's kernels together, as CUDA graphs, for models so small that the host is too
+            slow for them; without pipelines and `parallel.recompute`.
         threads: Threads of a rank; 0: one in reproducible mode, else the rank's share of the cores.
         spares: Ranks that wait to step in for those that die, where the launcher lets the others go on (mpirun
             --with-ft ulfm).
@@ -49,6 +51,7 @@ class Run:
     reproducible: bool = True
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
     compile: Auto = "auto"
+    graphs: bool = False
     threads: int = 0
     spares: int = 0
     stop_signals: str = "USR1,TERM"

@@ -15,7 +15,7 @@ from mpilm import placement
 from mpilm.comm import aware, devices
 from mpilm.comm.devices import Device
 from mpilm.comm.transport import MENU, ON_HOST, Transport
-from mpilm.config import Config
+from mpilm.config import Config, Parallel
 from mpilm.launch import World, agree
 from mpilm.log import UserError, counted, say, warn
 from mpilm.sync import compress
@@ -33,6 +33,8 @@ def transport(config: Config, world: World) -> Transport:
     kind, _, index = world.device.partition(":")
     _require_alike(world, kind)
     if kind == "cpu":
+        if config.run.graphs:
+            raise UserError("--run.graphs true: CUDA graphs are for GPUs, and this run has none. Leave it out.")
         if config.run.device == "auto" and torch.cuda.is_available():
             warn("There is a GPU, and without CuPy it is not used: pip install cupy-cuda13x, or the package for your "
                  "version of CUDA or ROCm. With --run.device host this is not said.")
@@ -88,6 +90,17 @@ def check(config: Config) -> None:
     for option, value in (("cp", parallel.cp), ("tp", parallel.tp)):
         if value > 1:
             raise UserError(f"--parallel.{option} {value} is for CPUs in this version: give 1, {host}.")
+    if config.run.graphs:
+        _check_graphs(parallel)
+
+
+def _check_graphs(parallel: Parallel) -> None:
+    for option, needed in {"pp": 1, "schedule": "1f1b", "recompute": False}.items():
+        given = getattr(parallel, option)
+        if given != needed:
+            raise UserError(f"--run.graphs true: a CUDA graph is one forward pass of a block and then its backward "
+                            f"pass, which --parallel.{option} {str(given).lower()} does not keep to. Give --parallel."
+                            f"{option} {str(needed).lower()}, or --run.graphs false.")
 
 
 def _require_alike(world: World, kind: str) -> None:

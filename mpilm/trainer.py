@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from mpilm.comm.mesh import Mesh
 from mpilm.comm.p2p import Traffic
 from mpilm.config import Config
@@ -23,7 +21,7 @@ from mpilm.heartbeat import Heart, Where
 from mpilm.log import UserError, say
 from mpilm.metrics import Metrics
 from mpilm.optim import Update
-from mpilm.parallel.losses import Losses
+from mpilm.parallel.losses import Losses, SlotLosses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Saver
 from mpilm.state import Owed, Past, TrainState
@@ -116,18 +114,25 @@ class Trainer:
             batch = self.loader.batch(self.state.step)
         with self._timed("compute_s", "forward and backward"):
             mine = self.pipeline.run(batch)
-        self.seconds["bubble_s"] = self.pipeline.wait_s
-        self.where.computed(self.seconds["compute_s"] - self.pipeline.wait_s)
         self.where.enter("summing gradients, updating")
         self.update.begin(self.state.step)
         self.sync.step(self.update, partial(self._commit, mine))
         self.seconds.update(self.sync.seconds)
+        self._divide()
         self.state = self.settled()
         self.where.step = self.state.step   # what comes between steps belongs to the one that is done
         heed_skips(self.config, self.state.step, self.update, self.sync.grad_norm)
         return self.loss
 
-    def _commit(self, mine: np.ndarray) -> None:
+    def _divide(self) -> None:
+        """`run` came back, and a GPU computed on: what the sum waited for that is not communication."""
+        launched, computed = self.seconds["compute_s"], self.pipeline.compute_s
+        beyond = min(max(0.0, computed - launched), self.seconds["comm_s"])
+        self.seconds |= {"compute_s": launched + beyond, "comm_s": self.seconds["comm_s"] - beyond,
+                         "bubble_s": self.pipeline.wait_s}
+        self.where.computed(self.seconds["compute_s"] - self.pipeline.wait_s)
+
+    def _commit(self, mine: SlotLosses) -> None:
         """From here on the step counts, whoever dies."""
         loss = self.losses.mean(mine)
         self.commit.take()

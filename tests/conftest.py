@@ -6,6 +6,11 @@ Vote: after setup, call and teardown of each test all ranks exchange their outco
 all, so they stay in step and take the same way on. Grace: a rank that failed and sees no peers coming (they wait for
 it inside the test) prints its failure and ends the job. Watchdog: when all are stuck, pytest's faulthandler_timeout
 prints every stack and exits.
+
+Beside: a test that starts a job mostly waits for it, so two runs share the tests, file by file (make test-1):
+
+    export MPILM_TEST_BESIDE=DIR                    an empty folder, which then says what files have been taken
+    mpirun -np 1 python -m pytest & mpirun -np 1 python -m pytest
 """
 
 from __future__ import annotations
@@ -51,7 +56,9 @@ WORLD = MPI.COMM_WORLD
 BALLOTS = WORLD.Dup()  # never matches a test's own messages
 SPARE = 1900  # communicators that MPICH can still make after all tests
 GRACE_S = float(os.environ.get("MPILM_TEST_GRACE_S", "15"))
+BESIDE = os.environ.pop("MPILM_TEST_BESIDE", None)  # not for the jobs of tests
 STDERR, COMM, DIRECTORY = pytest.StashKey[int](), pytest.StashKey[MPI.Comm](), pytest.StashKey[Path]()
+FILES = pytest.StashKey[dict[Path, bool]]()     # whether this run has taken them
 
 # Every rank must draw the same examples; a slow rank must not make one of them fail alone.
 hypothesis.settings.register_profile(
@@ -90,6 +97,28 @@ def _fits(item: pytest.Item) -> bool:
     limits = wanted.kwargs if wanted else {}
     most = 1 if item.get_closest_marker("serial") else limits.get("max", WORLD.size)
     return limits.get("min", 1) <= WORLD.size <= most
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Pass over, on all ranks alike, what another run has taken."""
+    files = item.config.stash.setdefault(FILES, {})
+    if BESIDE is None:
+        return None
+    if item.path not in files:
+        files[item.path] = WORLD.bcast(_take(Path(BESIDE), item.path) if WORLD.rank == 0 else None)
+    if not files[item.path]:
+        item.session._setupstate.teardown_exact(nextitem)   # what the test before left up for this one
+    return None if files[item.path] else True
+
+
+def _take(shared: Path, file: Path) -> bool:
+    """Whether this run is the first that wants a file."""
+    try:
+        (shared / str(file).replace(os.sep, "+")).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -24,11 +24,12 @@ from tests.helpers import everywhere
 from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, parallel, sharded
 
 serial = pytest.mark.serial
+GRAPHS = Run(graphs=True)
 WAYS = {"allreduce": configuration, "level 1": lambda name: sharded(name, 1)}
 
 
 def on(transport: Transport, config: Config, precision: str = "fp32") -> tuple[list, list, dict]:
-    """Three steps over all ranks, with buckets on another device: losses, norms, parameters."""
+    """Steps over all ranks, with buckets on another device: losses, norms, parameters."""
     with session() as world:
         shape = assemble.shape_of(config, VOCAB)
         core = assemble.build(config, world, shape, arithmetic(config, precision), transport=transport)
@@ -46,7 +47,7 @@ def same(one: tuple[list, list, dict], other: tuple[list, list, dict]) -> bool:
 @pytest.mark.parametrize("how", [Direct, pytest.param(Staged, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["shared", "tree"])
 @pytest.mark.parametrize("way", WAYS)
-def test_three_steps_have_the_bits_of_a_host(way: str, name: str, how: type, comm: MPI.Comm) -> None:
+def test_steps_have_the_bits_of_a_host(way: str, name: str, how: type, comm: MPI.Comm) -> None:
     if name == "tree" and comm.size & (comm.size - 1):
         pytest.skip("no power of two of ranks")
     config = WAYS[way](name)
@@ -163,10 +164,19 @@ def test_sharing_a_gpu_without_saying_so_is_refused_on_all_ranks(comm: MPI.Comm)
     (Config(sync=Sync(kind="local_sgd")), r"--sync\.kind local_sgd is for CPUs"),
     (Config(sync=Sync(compress="onebit")), r"--sync\.compress onebit is for CPUs.*bf16 or int8"),
     (Config(parallel=Parallel(tp=2)), r"--parallel\.tp 2 is for CPUs"),
+    (Config(run=GRAPHS, parallel=Parallel(pp=2)), r"--parallel\.pp 2 does not keep to\. Give --parallel\.pp 1"),
+    (Config(run=GRAPHS, parallel=Parallel(schedule="zb")), r"Give --parallel\.schedule 1f1b, or --run\.graphs false"),
+    (Config(run=GRAPHS, parallel=Parallel(recompute=True)), r"Give --parallel\.recompute false"),
 ])
 def test_what_is_for_cpus_is_refused_on_gpus(config: Config, message: str) -> None:
     with pytest.raises(UserError, match=message):
         device.check(config)
+
+
+@serial
+def test_graphs_are_refused_on_a_host(comm: MPI.Comm) -> None:
+    with session() as world, pytest.raises(UserError, match=r"--run\.graphs true: CUDA graphs are for GPUs"):
+        device.transport(Config(run=Run(graphs=True, device="host")), world)
 
 
 @serial

@@ -50,7 +50,7 @@ def possible(name, comm, *, reproducible):
 
 @pytest.mark.parametrize("reproducible", [True, False])
 @pytest.mark.parametrize("name", collectives.names())
-def test_three_steps_are_those_of_a_plain_loop(name, reproducible, comm):
+def test_steps_are_those_of_a_plain_loop(name, reproducible, comm):
     """Losses, gradient norms and every parameter, for every collective."""
     if not possible(name, comm, reproducible=reproducible):
         pytest.skip(f"{name} cannot on {comm.size} ranks")

@@ -11,16 +11,17 @@ from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.sync.sharded import Sharded
 
-VOCAB, LENGTH, SEQUENCES, STEPS = 101, 24, 8, 3
+VOCAB, LENGTH, SEQUENCES, STEPS = 101, 24, 8, 2
 ALONE = {}  # of every configuration that was asked for
 SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are nothing but rounding
 
 
 def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0,
-                  kind="allreduce", level=1, sequences=SEQUENCES, tied=False, layers=2, model=None, **parallel):
+                  kind="allreduce", level=1, sequences=SEQUENCES, tied=False, layers=2, steps=STEPS, model=None,
+                  **parallel):
     """A small model and a step of eight sequences, or of fewer; `model` and `parallel`: options of these sections."""
     shape = {"width": 64, "heads": 4, "kv_heads": 2} if model is None else model
-    return Config(run=Run(steps=STEPS, reproducible=reproducible),
+    return Config(run=Run(steps=steps, reproducible=reproducible),
                   model=Model(layers=layers, tied_embeddings=tied, **shape),
                   data=Data(sequence_length=LENGTH, global_batch_size=sequences, micro_batch_size=micro_batch_size),
                   optim=Optim(lr=1e-2, warmup_steps=2, clip=clip, eps=SMOOTH),

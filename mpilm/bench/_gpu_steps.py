@@ -14,6 +14,7 @@ from mpilm import arithmetic, assemble
 from mpilm.arithmetic import Arithmetic
 from mpilm.bench._contenders import Case, _ours
 from mpilm.bench._gpu_peers import ANOTHER_MODEL, Peer, training
+from mpilm.comm.devices import HOST
 from mpilm.comm.transport import Transport
 from mpilm.config import Auto, Config, Run, Sync
 from mpilm.launch import World
@@ -47,13 +48,14 @@ CASES = {
 
 
 def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: int, steps: int, reproducible: bool,
-        fp8: bool, peers: Mapping[str, Peer]) -> None:
+        fp8: bool, graphs: bool, peers: Mapping[str, Peer]) -> None:
     """Measure one case. Collective over the world.
 
     Args:
         reproducible: Also measure reproducible mode.
         fp8: Also measure linear layers in fp8, where there are units for it; MFU is that of the same FLOPs and
             the same peak.
+        graphs: Also measure blocks that are launched as CUDA graphs; not on a host.
         peers: By name; each is one process, so they take part with one rank only.
     """
     work = CASES[name]
@@ -65,6 +67,8 @@ def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: in
         contenders["mpilm-reproducible"] = _ours_step(world, transport, work, replace(decision, reproducible=True))
     if fp8 and world.comm.allreduce(transport.device.fp8, op=MPI.LAND):
         contenders["mpilm-fp8"] = _ours_step(world, transport, work, replace(decision, precision=precision.FP8))
+    if graphs and transport.device is not HOST:
+        contenders["mpilm-graphs"] = _ours_step(world, transport, work, decision, graphs=True)
     for who, peer in peers.items() if world.size == 1 else ():
         contenders[who] = training(peer, work.case, micro_batches=work.micro_batches, device=transport.device.torch)
     for step in contenders.values():
@@ -90,15 +94,16 @@ def _tell(emit: Emit, case: Case, flops: int, peak: float, seconds: dict[str, fl
         emit(case.name, f"{who}, MFU of {DATA_SHEET_TFLOPS:.0f} TFLOP/s", speed * flops / DATA_SHEET_TFLOPS / 1e10, "%")
 
 
-def _config(work: Work, size: int, *, reproducible: bool) -> Config:
+def _config(work: Work, size: int, *, reproducible: bool, graphs: bool = False) -> Config:
     compiled: Auto = "on" if work.case.name != "tiny" else "off"
     return _ours.configuration(work.case, micro_batches=max(size, work.micro_batches),
-                               run=Run(reproducible=reproducible, compile=compiled, threads=1),
+                               run=Run(reproducible=reproducible, compile=compiled, threads=1, graphs=graphs),
                                sync=Sync(bucket_mib=64.0))
 
 
-def _ours_step(world: World, transport: Transport, work: Work, decision: Arithmetic) -> Callable[[], float]:
-    config = _config(work, world.size, reproducible=decision.reproducible)
+def _ours_step(world: World, transport: Transport, work: Work, decision: Arithmetic, *,
+               graphs: bool = False) -> Callable[[], float]:
+    config = _config(work, world.size, reproducible=decision.reproducible, graphs=graphs)
     shape = assemble.shape_of(config, work.case.vocab_size)
     core, batches = _ours.begun(assemble.build(config, world, shape, decision, transport=transport), config, work.case)
 

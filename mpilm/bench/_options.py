@@ -52,6 +52,7 @@ def gpu(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=5, help="timed steps of a turn (default: %(default)s)")
     parser.add_argument("--reproducible", action="store_true", help="also measure reproducible mode")
     parser.add_argument("--fp8", action="store_true", help="also measure linear layers in fp8")
+    parser.add_argument("--graphs", action="store_true", help="also measure blocks that are launched as CUDA graphs")
     parser.add_argument("--peer", action="store_true", help="also measure transformers' Llama under torch.compile")
     parser.add_argument("--nanogpt", default="", metavar="FOLDER", help="also measure nanoGPT, of a checkout that is "
                         "there, under torch.compile")

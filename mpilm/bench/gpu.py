@@ -23,14 +23,14 @@ OURS = ("mpilm", "ring (device)", "ring (staged)", "shared ()", "tree (device)",
 
 
 def run(comm: MPI.Comm, emit: _gpu_links.Emit, *, device: str, part: str, case: str, rounds: int, steps: int,
-        reproducible: bool, fp8: bool, peer: bool, nanogpt: str) -> None:
+        reproducible: bool, fp8: bool, graphs: bool, peer: bool, nanogpt: str) -> None:
     """Measure. Collective over `comm`.
 
     Args:
         device: That the session has chosen.
         part: "links" or "steps".
         case: Of _gpu_steps.CASES, with commas between.
-        rounds, steps, reproducible, fp8: As _gpu_steps.run.
+        rounds, steps, reproducible, fp8, graphs: As _gpu_steps.run.
         peer, nanogpt: As _gpu_peers.chosen.
 
     Raises:
@@ -51,7 +51,7 @@ def run(comm: MPI.Comm, emit: _gpu_links.Emit, *, device: str, part: str, case: 
             return
         for name in names:
             _gpu_steps.run(world, emit, found, name, rounds=rounds, steps=steps, reproducible=reproducible, fp8=fp8,
-                           peers=peers)
+                           graphs=graphs, peers=peers)
 
 
 def _ways(found: Transport, comm: MPI.Comm) -> list[Transport]:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpilm.model import init, recompute
+from mpilm.model import graphs, init, recompute
 from mpilm.model.context import WHOLE, Whole
+from mpilm.model.graphs import Played
 from mpilm.model.head import Head
 from mpilm.model.layers import Block, Embedding, Places, RMSNorm
 from mpilm.model.shape import Shape
@@ -64,6 +65,7 @@ class GPT(nn.Module):
                 self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep a block's input only, and compute the block again in the backward pass
         self.around = plainly
+        self._played: dict[str, Played] = {}    # in place of blocks
         self._places: Places | None = None
 
     @property
@@ -91,8 +93,8 @@ class GPT(nn.Module):
         places = self.places(inputs, documents)
         inputs = self.context.share(inputs)
         x = self.around(self.embed_tokens, self.embed_tokens, inputs) if hidden is None else hidden
-        for block in self.layers.values():
-            run = partial(recompute.again, block) if self.recompute else block
+        for name, block in self.layers.items():
+            run = partial(recompute.again, block) if self.recompute else self._played.get(name, block)
             x = self.around(block, run, x, places)
         if not self.last:
             return x
@@ -134,6 +136,19 @@ class GPT(nn.Module):
         if self.last:
             self.norm.compile(dynamic=False)
             self.lm_head.softmax.compile()
+
+    def record(self, batch: int, length: int, *, documents: bool) -> None:
+        """Have blocks played as CUDA graphs (`graphs`) for slots of [batch, length] tokens: once weights are in their
+        place, on a GPU, and after `compile_parts`.
+
+        Args:
+            documents: Slots come with documents.
+        """
+        one = next(self.parameters())
+        tokens = torch.zeros(batch, length, dtype=torch.int64, device=one.device)
+        hidden = torch.zeros(batch, length, self.shape.width, dtype=one.dtype, device=one.device)
+        played = graphs.record(list(self.layers.values()), hidden, self.places(tokens, tokens if documents else None))
+        self._played = dict(zip(self.layers, played, strict=True))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of `shape.tensors()` as a view into the parameter that holds it whole, in that order."""

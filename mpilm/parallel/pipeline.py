@@ -25,6 +25,7 @@ from mpilm.model.seed import seed
 from mpilm.parallel import routes, schedules
 from mpilm.parallel.chunk import Chunk
 from mpilm.parallel.deferred import Deferred, Half
+from mpilm.parallel.losses import SlotLosses
 from mpilm.parallel.messages import Messages
 from mpilm.parallel.schedules import Action, Kind, Schedule
 
@@ -61,13 +62,14 @@ class Pipeline:
                  dtype: torch.dtype, transport: Transport = ON_HOST, device: str = "") -> None:
         self.chunks, self.slots, self.comm, self.schedule, self.num_slots = chunks, slots, comm, schedule, num_slots
         self.stages = comm.size * len(chunks)
-        self.device = device or transport.device.torch
+        self.device, self.torch = transport.device, device or transport.device.torch
         self.messages = Messages(comm, dtype, transport)
         self.deferred = [Deferred(chunk, chunk.linear_rows()) for chunk in chunks] if schedule.split else []
         self.names = [{name for name, _ in chunk.named_parameters()} for chunk in chunks]
         self.passes = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.INPUT: self._input,
                        Kind.WEIGHT: self._weight}
         self.played = 0     # passes of all runs so far: a sign of life
+        self.ran = (self.device.stamp(),) * 2   # the last run's beginning and end
         self._begin([])
 
     @property
@@ -75,14 +77,26 @@ class Pipeline:
         """Seconds of the last `run` in which this rank waited for other stages: its bubble, and messages."""
         return self.messages.wait_s
 
-    def run(self, batch: Batch) -> np.ndarray:
-        """Forward and backward of all my slots; their losses, float64, nats per token, on the last stage (else 0)."""
+    @property
+    def compute_s(self) -> float:
+        """Seconds of the last `run`, by the clock of the device, for which it waits."""
+        return self.device.elapsed(*self.ran)
+
+    def run(self, batch: Batch) -> SlotLosses:
+        """Forward and backward of all my slots, which a GPU may still be at on return; their losses on the last stage
+        (elsewhere 0)."""
         actions = self.schedule.actions(self.comm.rank, self.comm.size, len(batch.inputs), len(self.chunks))
-        return self._losses(self._play(actions, batch), len(batch.inputs))
+        begun = self.device.stamp()
+        losses = SlotLosses(self._play(actions, batch), len(batch.inputs), self.device)
+        self.ran = begun, self.device.stamp()
+        return losses
 
     def evaluate(self, batch: Batch) -> np.ndarray:
-        """Losses of my slots in evaluation mode, as `run` returns them."""
-        return self._losses(self.predict(batch), len(batch.inputs))
+        """Losses of my slots in evaluation mode, float64, nats per token, on the last stage (elsewhere 0)."""
+        losses, results = np.zeros(len(batch.inputs)), self.predict(batch)
+        if results:     # in one copy: a GPU is waited for once
+            losses[list(results)] = torch.stack(list(results.values())).tolist()
+        return losses
 
     def predict(self, batch: Batch) -> dict[int, Tensor]:
         """What the last stage makes of my slots in evaluation mode (elsewhere nothing): losses, or without targets
@@ -101,7 +115,7 @@ class Pipeline:
                 chunk.train()
 
     def _play(self, actions: list[Action], batch: Batch) -> dict[int, Tensor]:
-        self._begin(micro_batches(batch, self.device))
+        self._begin(micro_batches(batch, self.torch))
         slot = batch.inputs.shape[1:]
         keys = [key for key in map(self._needs, actions) if key is not None]
         shapes = [self.chunks[0].input_shape(routes.cut(key), slot) for key in keys]
@@ -119,12 +133,6 @@ class Pipeline:
     def drop(self) -> None:
         """Forget the step in hand."""
         self._begin([])
-
-    def _losses(self, results: dict[int, Tensor], count: int) -> np.ndarray:
-        losses = np.zeros(count)
-        if results:     # in one copy: a GPU is waited for once
-            losses[list(results)] = torch.stack(list(results.values())).tolist()
-        return losses
 
     def _begin(self, batch: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
         self.batch = batch

@@ -67,7 +67,8 @@ def steps(nanogpt: str = "") -> dict[str, float]:
     told = {}
     with session() as world:
         _gpu_steps.run(world, lambda case, who, value, unit: told.update({who: value}), ON_HOST, "tiny", rounds=1,
-                       steps=1, reproducible=True, fp8=True, peers=_gpu_peers.chosen(llama=True, nanogpt=nanogpt))
+                       steps=1, reproducible=True, fp8=True, graphs=True,
+                       peers=_gpu_peers.chosen(llama=True, nanogpt=nanogpt))
     return told
 
 

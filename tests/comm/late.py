@@ -41,7 +41,11 @@ class Event:
     """Something that has happened once `flag` is set."""
 
     def __init__(self) -> None:
-        self.flag = threading.Event()
+        self.flag, self.at = threading.Event(), 0.0
+
+    def happen(self) -> None:
+        self.at = time.perf_counter()
+        self.flag.set()
 
 
 class Stream:
@@ -63,7 +67,7 @@ class Stream:
 
     def record(self) -> Event:
         event = Event()
-        self.put(event.flag.set)
+        self.put(event.happen)
         return event
 
     def follow(self, event: Event) -> None:
@@ -78,7 +82,7 @@ class Now:
 
     def record(self) -> Event:
         event = Event()
-        event.flag.set()
+        event.happen()
         return event
 
     def follow(self, event: Event) -> None:
@@ -151,6 +155,18 @@ class Late(Device):
     def follow(self, event):
         if event is not None:
             self.current.follow(event)
+
+    def wait(self, event):
+        event.flag.wait()
+
+    def stamp(self):
+        event = Event()
+        self.put(event.happen)
+        return event
+
+    def elapsed(self, first, last):
+        last.flag.wait()
+        return last.at - first.at
 
     def settle(self):
         self.current.record().flag.wait()

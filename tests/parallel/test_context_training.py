@@ -27,7 +27,7 @@ def layouts(comm):
             if comm.size % (pp * cp) == 0 and (cp > 1 or comm.size == 1)]
 
 
-def test_three_steps_are_those_of_one_rank(comm):
+def test_steps_are_those_of_one_rank(comm):
     """In every layout of replicas, stages and rings; with messages that MPI may not buffer; twice, with the same bits.
     """
     expected = alone(configuration())

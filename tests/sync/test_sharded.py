@@ -38,7 +38,7 @@ def power_of_two(size):
 
 @fixed_order
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_three_steps_have_the_bits_of_one_rank(name, precision, comm):
+def test_steps_have_the_bits_of_one_rank(name, precision, comm):
     """Losses, gradient norms, weights; several slots a rank."""
     if name == "tree" and not power_of_two(comm.size):
         pytest.skip("no power of two of ranks")

@@ -17,13 +17,12 @@ from mpilm.bench._contenders import Case
 from mpilm.config import Config, Data, Model, Optim, Run
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mpilm.arithmetic import Arithmetic
     from mpilm.assemble import Core
     from mpilm.data.loader import Batch
     from mpilm.launch import World
     from mpilm.model.shape import Shape
+    from mpilm.parallel.losses import SlotLosses
 
 NUM_BATCHES = 8
 
@@ -79,7 +78,7 @@ def begun(core: Core, config: Config, case: Case) -> tuple[Core, Iterator[Batch]
     return core, cycle(Batch(tokens[..., :-1], tokens[..., 1:], None) for tokens in drawn)
 
 
-def update(core: Core, losses: np.ndarray) -> float:
+def update(core: Core, losses: SlotLosses) -> float:
     """What follows the passes of a step; the mean of everyone's losses."""
     core.update.begin(core.update.applied)
     core.sync.step(core.update)

@@ -85,6 +85,18 @@ class Device(ABC):
         """What is queued on the current stream from now on happens after `event`. Does not wait."""
 
     @abstractmethod
+    def wait(self, event: Any) -> None:
+        """Return when `event` has happened."""
+
+    @abstractmethod
+    def stamp(self) -> Any:
+        """As `record`, of an event that knows when it happens."""
+
+    @abstractmethod
+    def elapsed(self, first: Any, last: Any) -> float:
+        """Seconds between two stamps of one stream; waits until they have happened."""
+
+    @abstractmethod
     def settle(self) -> None:
         """Return when everything queued on the current stream has happened."""
 

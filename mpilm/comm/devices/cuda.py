@@ -87,9 +87,25 @@ class Cuda(Device):
 
     def record(self) -> Any:
         """As Device."""
-        event = self.cupy.cuda.Event(disable_timing=True)
+        return self._recorded(disable_timing=True)
+
+    def stamp(self) -> Any:
+        """As Device."""
+        return self._recorded(disable_timing=False)
+
+    def _recorded(self, *, disable_timing: bool) -> Any:
+        event = self.cupy.cuda.Event(disable_timing=disable_timing)
         event.record(self.cupy.cuda.get_current_stream())
         return event
+
+    def wait(self, event: Any) -> None:
+        """As Device."""
+        event.synchronize()
+
+    def elapsed(self, first: Any, last: Any) -> float:
+        """As Device."""
+        last.synchronize()
+        return float(self.cupy.cuda.get_elapsed_time(first, last)) / 1000
 
     def happened(self, event: Any) -> bool:
         """As Device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -53,6 +54,17 @@ class Host(Device):
 
     def follow(self, event: Any) -> None:
         """As Device."""
+
+    def wait(self, event: Any) -> None:
+        """As Device."""
+
+    def stamp(self) -> float:
+        """As Device."""
+        return time.perf_counter()
+
+    def elapsed(self, first: float, last: float) -> float:
+        """As Device."""
+        return last - first
 
     def settle(self) -> None:
         """As Device."""
