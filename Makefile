@@ -19,7 +19,7 @@ PYTEST := python -m pytest
 comma := ,
 MPI_EXTRA := $(filter-out none,$(MPI))
 
-.PHONY: train test test-1 test-2 test-3 test-4 test-8 lint bench
+.PHONY: train test test-1 test-2 test-3 test-4 test-8 one-of-two other-of-two lint bench
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.ready
@@ -36,13 +36,15 @@ test:
 test-2: $(VENV)/.ready-test
 	@$(ACTIVATE) && mpirun -np 2 $(PYTEST) $(ARGS)
 
-# Tests that start jobs mostly wait for them: two runs share the files. Neither is bound to a core.
-test-1: export PRTE_MCA_hwloc_default_binding_policy := none
+# Tests that start jobs mostly wait for them, so two runs share the files; each tells at its end what it has seen.
 test-1: $(VENV)/.ready-test
-	@$(ACTIVATE) && shared=$$(mktemp -d) && trap 'rm -rf "$$shared"' EXIT && \
-	export MPILM_TEST_BESIDE=$$shared/taken && mkdir "$$shared/taken" && \
-	run() { mpirun -np 1 $(PYTEST) -m "serial or not slow" $(ARGS); } && { run > "$$shared/told" 2>&1 & } && \
-	{ run; code=$$?; wait $$!; other=$$?; cat "$$shared/told"; exit $$((code > other ? code : other)); }
+	@shared=$$(mktemp -d) && trap 'rm -rf "$$shared"' EXIT && \
+		MPILM_TEST_BESIDE=$$shared $(MAKE) --no-print-directory -k -j2 -Otarget one-of-two other-of-two
+
+# Not bound to a core, which both would be.
+one-of-two other-of-two: export PRTE_MCA_hwloc_default_binding_policy := none
+one-of-two other-of-two:
+	@$(ACTIVATE) && mpirun -np 1 $(PYTEST) -m "serial or not slow" $(ARGS)
 
 test-3 test-4: test-%: $(VENV)/.ready-test
 	@$(ACTIVATE) && mpirun -np $* $(PYTEST) -m "not slow" $(ARGS)

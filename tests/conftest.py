@@ -62,7 +62,7 @@ FILES = pytest.StashKey[dict[Path, bool]]()     # whether this run has taken the
 
 # Every rank must draw the same examples; a slow rank must not make one of them fail alone.
 hypothesis.settings.register_profile(
-    "mpilm", derandomize=True, deadline=None, database=None, max_examples=40,
+    "mpilm", derandomize=True, deadline=None, database=None, max_examples=40 if WORLD.size <= 2 else 20,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture])
 hypothesis.settings.load_profile("mpilm")
 
@@ -102,20 +102,22 @@ def _fits(item: pytest.Item) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Pass over, on all ranks alike, what another run has taken."""
-    files = item.config.stash.setdefault(FILES, {})
     if BESIDE is None:
         return None
+    files = item.config.stash.setdefault(FILES, {})
     if item.path not in files:
-        files[item.path] = WORLD.bcast(_take(Path(BESIDE), item.path) if WORLD.rank == 0 else None)
-    if not files[item.path]:
-        item.session._setupstate.teardown_exact(nextitem)   # what the test before left up for this one
-    return None if files[item.path] else True
+        name = str(item.path.relative_to(item.config.rootpath)).replace(os.sep, "+")
+        files[item.path] = WORLD.bcast(_take(Path(BESIDE) / name) if WORLD.rank == 0 else None)
+    if files[item.path]:
+        return None
+    item.session._setupstate.teardown_exact(nextitem)   # what the test before left up for this one
+    return True
 
 
-def _take(shared: Path, file: Path) -> bool:
+def _take(mark: Path) -> bool:
     """Whether this run is the first that wants a file."""
     try:
-        (shared / str(file).replace(os.sep, "+")).touch(exist_ok=False)
+        mark.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True

@@ -41,15 +41,31 @@ _SESSIONS = tempfile.TemporaryDirectory(prefix="mpilm-sessions-", ignore_cleanup
 
 def everywhere(comm: Any, ok: bool, text: str = "") -> None:
     """Assert on all ranks what each has checked for itself; a hypothesis test stays in step this way."""
-    culprits = [rank for rank, fine in enumerate(comm.allgather(bool(ok))) if not fine]
-    assert not culprits, f"not so on rank {', '.join(map(str, culprits))}: {text}"
+    if largest(comm, not ok):
+        culprits = [rank for rank, fine in enumerate(comm.allgather(bool(ok))) if not fine]
+        raise AssertionError(f"not so on rank {', '.join(map(str, culprits))}: {text}")
 
 
 def same_everywhere(comm: Any, array: np.ndarray) -> None:
     """Assert that every rank holds the same dtype, shape and bits."""
-    digest = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
-    held = comm.allgather((str(array.dtype), array.shape, digest))
-    assert len(set(held)) == 1, f"ranks hold different arrays: {held}"
+    mine = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data)
+    mine.update(f"{array.dtype} {array.shape}".encode())
+    digest = int.from_bytes(mine.digest()[:7])
+    if largest(comm, digest) != -largest(comm, -digest):
+        held = comm.allgather((str(array.dtype), array.shape, mine.hexdigest()))
+        raise AssertionError(f"ranks hold different arrays: {held}")
+
+
+def largest(comm: Any, mine: int) -> int:
+    """Of all ranks' integers. Ranks that wait leave their core to the others."""
+    from mpi4py import MPI  # not for those who only start jobs
+
+    from mpilm.comm import p2p
+
+    given, found = np.array([mine], np.int64), np.empty(1, np.int64)    # mpi4py 4.1's request keeps only the second
+    arrived = comm.Iallreduce(given, found, MPI.MAX)
+    p2p.until(lambda: arrived.Test() or None)
+    return int(found[0])
 
 
 @dataclass(frozen=True)

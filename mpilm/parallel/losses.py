@@ -25,7 +25,7 @@ class SlotLosses:
 
     def __init__(self, results: Mapping[int, Tensor], count: int, device: Device) -> None:
         self.slots, self.count, self.device = list(results), count, device
-        values = torch.stack(list(results.values())) if results else torch.empty(0)
+        values = torch.stack(list(results.values())).double() if results else torch.empty(0)
         # What is copied to pinned memory is not waited for.
         self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         self.values.copy_(values, non_blocking=True)

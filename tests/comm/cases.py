@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from mpi4py import MPI
 
@@ -23,12 +25,16 @@ def build(name: str, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
         return None
 
 
+@lru_cache(64)
 def values(rank: int, count: int, dtype: str, seed: int = 0) -> np.ndarray:
-    """What `rank` contributes: random, of very different sizes, so that the order of a sum shows in its last bits."""
+    """What `rank` contributes: random, of very different sizes, so that the order of a sum shows in its last bits.
+    Read-only."""
     random = np.random.default_rng([rank, count, seed])
-    if dtype == "int64":
-        return random.integers(-(2**40), 2**40, count)
-    return (random.normal(size=count) * 10.0 ** random.integers(-3, 4, count)).astype(dtype)
+    drawn = random.integers(-(2**40), 2**40, count)
+    if dtype != "int64":
+        drawn = (random.normal(size=count) * 10.0 ** (drawn % 7 - 3)).astype(dtype)
+    drawn.setflags(write=False)
+    return drawn
 
 
 def expected(size: int, count: int, dtype: str, seed: int = 0) -> np.ndarray:

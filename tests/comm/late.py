@@ -160,9 +160,7 @@ class Late(Device):
         event.flag.wait()
 
     def stamp(self):
-        event = Event()
-        self.put(event.happen)
-        return event
+        return self.record()
 
     def elapsed(self, first, last):
         last.flag.wait()

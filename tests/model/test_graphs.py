@@ -12,6 +12,9 @@ import torch
 
 from mpilm import assemble
 from mpilm.launch import session
+from mpilm.model import graphs
+from mpilm.model.gpt import GPT
+from mpilm.model.shape import Shape
 from tests.helpers import everywhere
 from tests.training_cases import LENGTH, VOCAB, alone, arithmetic, batch_of, configuration, parallel, same
 
@@ -73,6 +76,58 @@ def tapes(monkeypatch):
         return tuple(made[-len(modules):])
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     return made
+
+
+class Stubbed:
+    """PyTorch's own recorder without a GPU: what is recorded is computed once, and playing it does nothing."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *problem):
+        self.over()
+
+    def over(self):
+        """A recording is complete."""
+
+    def replay(self):
+        pass
+
+
+def node(weight):
+    """What takes its gradient, and calls its hooks: one node for as long as a graph has it."""
+    return weight.view_as(weight).grad_fn.next_functions[0][0]
+
+
+@pytest.mark.serial
+def test_a_recording_keeps_no_graph(monkeypatch):
+    """Else hooks of weights would be called on the stream of the recording: by PyTorch's own code."""
+    shape = Shape(layers=3, width=32, heads=4, kv_heads=2, vocab_size=67)
+    model = GPT(shape)
+    model.initialize(seed=1)
+    blocks, seen = list(model.layers.values()), []
+    weights = [weight for block in blocks for weight in block.parameters()]
+
+    def tag(_):
+        for weight in weights:
+            node(weight).metadata["recorded"] = True
+        seen.append("recorded" in node(weights[0]).metadata)
+    monkeypatch.setattr(Stubbed, "over", tag)
+    for name in ("Stream", "stream", "graph", "CUDAGraph", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, Stubbed)
+    monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: None)
+    x = torch.ones(2, 8, 32)
+    places = model.places(torch.zeros(2, 8, dtype=torch.int64), None)
+    played = graphs.record(blocks, x, places)
+    assert seen.count(True) >= len(blocks), "none was kept while it was recorded"
+    assert not any("recorded" in node(weight).metadata for weight in weights)
+    y = played[0](x.requires_grad_(), places)
+    mine = [node(weight) for weight in blocks[0].parameters()]
+    assert [after for after, _ in y.grad_fn.next_functions[-len(mine):]] == mine
+    assert played[0](x[:1], places).grad_fn.name() != y.grad_fn.name()
 
 
 def recorded(**options):

@@ -73,4 +73,3 @@ def test_a_device_s_own_clock(immediate):
     late.wait(last)
     assert late.happened(last)
     assert Host().elapsed(1.0, 3.5) == 2.5
-

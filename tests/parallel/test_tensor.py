@@ -48,10 +48,10 @@ def test_what_is_exchanged(comm, name, batch, tokens, width, dim, dtype, seed):
     mine = given_by[comm.rank]
     whole = through.gather(mine, dim)
     part = through.scatter(mine, dim)
-    everywhere(comm, torch.equal(whole, torch.cat(given_by, dim)), "gathered")
+    gathered = torch.equal(whole, torch.cat(given_by, dim))
     exact = torch.stack([x.double() for x in given_by]).sum(0).chunk(comm.size, dim)[comm.rank]
     near = torch.allclose(part.double(), exact, rtol=ROUNDING[dtype], atol=1e-5)
-    everywhere(comm, part.dtype == dtype and near, "scattered")
+    everywhere(comm, gathered and part.dtype == dtype and near, f"gathered: {gathered}, scattered: {part}, not {exact}")
     through.free()
 
 
@@ -128,17 +128,17 @@ def check(comm, name, shape, batch, length, documents, dtype):
         loss.backward()
     everywhere(comm, difference(losses[1], losses[0]) < LARGEST[dtype], f"{losses} of {shape}")
     slices = Slices(shape, comm.rank, comm.size)
-    for parameter, held in part.named_parameters():
-        expected = mine(whole.get_parameter(parameter).grad, slices, parameter)
-        apart = difference(held.grad.flatten(), expected)
-        everywhere(comm, apart < LARGEST[dtype], f"{parameter}: {apart} of {shape}")
-        if held.dim() == 1:     # held whole by all
-            same_everywhere(comm, held.grad.float().numpy())
+    apart = {name: difference(held.grad.flatten(), mine(whole.get_parameter(name).grad, slices, name))
+             for name, held in part.named_parameters()}
+    everywhere(comm, max(apart.values()) < LARGEST[dtype], f"{apart} of {shape}")
+    by_all = [held.grad.float() for held in part.parameters() if held.dim() == 1]
+    same_everywhere(comm, torch.cat(by_all).numpy())
     with torch.no_grad():
         surprises = [made.eval()(inputs, targets, documents=ids) for made in (whole, part)]
         logits = [made(inputs, documents=ids) for made in (whole, part)]
-    everywhere(comm, difference(surprises[1], surprises[0]) < LARGEST[dtype], "loss without gradients")
-    everywhere(comm, difference(logits[1], logits[0].chunk(comm.size, -1)[comm.rank]) < 4 * LARGEST[dtype], "logits")
+    apart = {"loss": difference(surprises[1], surprises[0]),
+             "logits": difference(logits[1], logits[0].chunk(comm.size, -1)[comm.rank]) / 4}
+    everywhere(comm, max(apart.values()) < LARGEST[dtype], f"without gradients: {apart}")
     through.free()
 
 

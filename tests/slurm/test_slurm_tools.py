@@ -47,7 +47,7 @@ def test_mpirun_goes_on_when_a_rank_is_killed(submit, site, tmp_path):
 
 def rank(number, job):
     """Process id of a rank that mpirun started in this job."""
-    wanted = {f"OMPI_COMM_WORLD_RANK={number}".encode(), f"SLURM_JOB_ID={job}".encode()}
+    wanted = {f"OMPI_COMM_WORLD_RANK={number}".encode(), f"SLURM_JOB_ID={job}".encode()}   # of one cluster in all tests
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if wanted <= set((entry / "environ").read_bytes().split(b"\0")):
