@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 
@@ -38,7 +39,7 @@ def test_a_rank_that_stopped_is_named(data, tmp_path, victims, options):
     said, left = job.words.read_text(), (tmp_path / "run" / heartbeat.FILE).read_text()
     assert code == heartbeat.HUNG, said
     assert f"rank {', '.join(map(str, victims))} does not answer" in said
-    assert left.strip() in said
+    assert without_steps(left).strip() in without_steps(said)
     for other in {0, 1, 2} - set(victims):
         assert f"rank {other}: step " in left
         assert f"rank {other} on " in left
@@ -47,10 +48,15 @@ def test_a_rank_that_stopped_is_named(data, tmp_path, victims, options):
     assert took < TIMEOUT_S + heartbeat.ANSWER_S + 10, "it took long, even for a busy machine"
 
 
+def without_steps(text):
+    """Lines of metrics may come in the middle of anything else, where others still train."""
+    return re.sub(r"step +\d.*\n", "", text)
+
+
 @pytest.mark.parametrize(("place", "doing"), [("assemble:build", "assembling"),
                                               ("train:summarize", "telling how it ended")])
 def test_before_and_after_training_it_hangs_as_well(data, tmp_path, place, doing):
-    options = {"run.steps": 2, "run.hang_timeout_s": 1.5, "log.validate_every": 0}
+    options = {"run.steps": 2, "run.hang_timeout_s": 1, "log.validate_every": 0}
     with Job(2, data, tmp_path / "run", program=["tests.hurt_job", f"1:mpilm.{place}:+60"], **options) as job:
         code = job.wait()
     said = job.words.read_text()

@@ -1,4 +1,7 @@
-"""The two halves of a backward pass make the whole, to the last bit, and compute nothing twice."""
+"""The two halves of a backward pass make the whole, to the last bit, and compute nothing twice.
+
+Compiled parts: test_pipeline.py.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,12 @@ SHAPE = Shape(layers=3, width=32, heads=4, kv_heads=2, vocab_size=67)
 TOKENS = torch.arange(2 * 17).view(2, 17) * 7 % 67
 
 
-def graph(units, dtype, *, late=False, compiled=False):
+def graph(units, dtype, *, late=False):
     """(part of a model, its halves, its output, its input or None, the gradient that comes from behind)."""
     part = GPT(SHAPE, units)
     part.initialize(seed=1)
     part.to(dtype)
     halves = Deferred(part) if late else None
-    if compiled:
-        part.compile_parts()
     if halves:
         halves.prepare((2, 16))
     draw = torch.Generator().manual_seed(1)
@@ -35,18 +36,15 @@ def graph(units, dtype, *, late=False, compiled=False):
 
 
 PARTS = [range(2), range(1, 4), range(3, 5), range(4, 5), range(5)]
-CASES = [(units, dtype, False) for units in PARTS for dtype in (torch.float32, torch.bfloat16)]
-COMPILED = pytest.param(range(3, 5), torch.bfloat16, True, marks=pytest.mark.slow)
 
 
-@pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
-@pytest.mark.parametrize(("units", "dtype", "compiled"), [*CASES, COMPILED])
-def test_the_halves_are_the_whole(units, dtype, compiled):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("units", PARTS)
+def test_the_halves_are_the_whole(units, dtype):
     """Gradients of the input and of every parameter, for a first, a middle, and a last part, and for everything."""
-    torch._dynamo.reset()
-    part, _, output, hidden, gradient = graph(units, dtype, compiled=compiled)
+    part, _, output, hidden, gradient = graph(units, dtype)
     torch.autograd.backward(output, gradient)
-    again, halves, output, leaf, gradient = graph(units, dtype, late=True, compiled=compiled)
+    again, halves, output, leaf, gradient = graph(units, dtype, late=True)
     half = halves.backward(output, gradient, leaf)
     assert (half.input_gradient is None) is part.first
     assert part.first or torch.equal(half.input_gradient, hidden.grad)
