@@ -201,7 +201,8 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     together = mesh.replicas
     if layout.staleness(config):    # a step is this replica's own
         runs, together = [slots], MPI.COMM_SELF
-    context, split = connect.context(mesh), connect.split(config, world, mesh, shape, decision)
+    context = connect.context(mesh, transport)
+    split = connect.split(config, world, mesh, shape, decision, transport)
     parts = [GPT(shape, units, context, split)
              for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     products.use(decision.precision, parts)

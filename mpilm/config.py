@@ -28,7 +28,7 @@ class Run:
             products of linear layers, forwards and for their inputs' gradients.
         compile: torch.compile: `auto` where the run is long enough to pay for it.
         graphs: On GPUs, launch each block's kernels together, as CUDA graphs, for models so small that the host is too
-            slow for them; without pipelines and `parallel.recompute`.
+            slow for them; without `pp`, `cp`, `tp` and `recompute` of `parallel`.
         threads: Threads of a rank; 0: one in reproducible mode, else the rank's share of the cores.
         spares: Ranks that wait to step in for those that die, where the launcher lets the others go on (mpirun
             --with-ft ulfm).

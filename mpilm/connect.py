@@ -30,13 +30,14 @@ from mpilm.parallel.tensor import Team
 FLOAT_BYTES = 4
 
 
-def context(mesh: Mesh) -> Whole:
+def context(mesh: Mesh, transport: Transport = ON_HOST) -> Whole:
     """Whom this rank shares its sequences with; alone it has kernels of its own for them, which keep more and ask less.
     """
-    return Ring(mesh.cp) if mesh.cp.size > 1 else WHOLE
+    return Ring(mesh.cp, transport) if mesh.cp.size > 1 else WHOLE
 
 
-def split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arithmetic) -> Alone:
+def split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arithmetic,
+          transport: Transport = ON_HOST) -> Alone:
     """Whom this rank shares its layers with. Collective over the mesh."""
     if mesh.tp.size == 1:
         return ALONE
@@ -44,7 +45,7 @@ def split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arit
     built, problem = [], None
     try:
         built.append(exchange.build(config.sync.collective, mesh.tp, rows=rows, width=shape.width,
-                                    dtype=decision.dtype, reproducible=decision.reproducible))
+                                    dtype=decision.dtype, reproducible=decision.reproducible, transport=transport))
     except UserError as error:
         problem = error
     agree(mesh.comm, problem)       # teams may be on different nodes
@@ -55,15 +56,22 @@ def collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[to
                transport: Transport = ON_HOST) -> Collective:
     """What sums gradients over the replicas. Collective over the mesh."""
     node = world.owns(Node.build(mesh.replicas))
-    never = ("nccl",) if mesh.pp.size > 1 and transport.direct and transport.device is not HOST else ()
+    never = _never(mesh, transport)
     if config.sync.collective in never:
-        raise UserError("--sync.collective nccl: stages give MPI the GPU's memory while gradients are summed, and the "
-                        "two may wait for each other for ever. Choose --sync.collective shared or ring (or auto), or "
-                        "type --comm.transport staged.")
+        raise UserError("--sync.collective nccl: ranks that share a model use the GPU's memory in messages while "
+                        "gradients are summed, and the two may wait for each other for ever. Choose --sync.collective "
+                        "shared or ring (or auto); with --parallel.pp alone --comm.transport staged does as well.")
     return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
                                    count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
                                    shared_bytes=room.shared(mesh, node, parameters), transport=transport,
                                    never=never))
+
+
+def _never(mesh: Mesh, transport: Transport) -> tuple[str, ...]:
+    if transport.device is HOST:
+        return ()
+    within = mesh.cp.size * mesh.tp.size > 1 or (mesh.pp.size > 1 and transport.direct)
+    return ("nccl",) if within else ()
 
 
 def worker(world: World, mesh: Mesh, device: Device = HOST) -> Worker | Inline:

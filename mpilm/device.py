@@ -48,7 +48,9 @@ def transport(config: Config, world: World) -> Transport:
     if config.run.reproducible:     # attention's backward pass, for one, adds in any order otherwise
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False     # type: ignore[attr-defined]
-    return MENU[_way(config, world, device)](device)
+    way = _way(config, world, device)
+    _check_way(config.parallel, way)
+    return MENU[way](device)
 
 
 def _agreed(world: World, kind: str, index: int) -> Device:
@@ -87,20 +89,26 @@ def check(config: Config) -> None:
     if sync.compress not in ("none", *able) and not pushed:
         raise UserError(f"--sync.compress {sync.compress} is for CPUs in this version: give none, "
                         f"{' or '.join(able)}, {host}.")
-    for option, value in (("cp", parallel.cp), ("tp", parallel.tp)):
-        if value > 1:
-            raise UserError(f"--parallel.{option} {value} is for CPUs in this version: give 1, {host}.")
     if config.run.graphs:
         _check_graphs(parallel)
 
 
 def _check_graphs(parallel: Parallel) -> None:
-    for option, needed in {"pp": 1, "schedule": "1f1b", "recompute": False}.items():
+    for option, needed in {"pp": 1, "cp": 1, "tp": 1, "schedule": "1f1b", "recompute": False}.items():
         given = getattr(parallel, option)
         if given != needed:
             raise UserError(f"--run.graphs true: a CUDA graph is one forward pass of a block and then its backward "
-                            f"pass, which --parallel.{option} {str(given).lower()} does not keep to. Give --parallel."
-                            f"{option} {str(needed).lower()}, or --run.graphs false.")
+                            f"pass, without messages, which --parallel.{option} {str(given).lower()} does not keep to. "
+                            f"Give --parallel.{option} {str(needed).lower()}, or --run.graphs false.")
+
+
+def _check_way(parallel: Parallel, way: str) -> None:
+    """PyTorch has a thread for the backward passes of a GPU, and messages of a thread move on when it waits: stages'
+    messages would wait for those of a backward pass, and those for the stages'."""
+    if way == "staged" and parallel.pp > 1 and parallel.cp * parallel.tp > 1:
+        raise UserError(f"--parallel.pp {parallel.pp} with cp {parallel.cp} and tp {parallel.tp} needs an MPI that is "
+                        "given the GPUs' memory (--comm.transport device; the README says how to get one). Without "
+                        "one give --parallel.pp 1, or cp and tp 1.")
 
 
 def _require_alike(world: World, kind: str) -> None:

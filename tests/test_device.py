@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,10 +22,21 @@ from mpilm.log import UserError
 from tests import server_cases
 from tests.comm.late import Late
 from tests.helpers import everywhere
-from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, parallel, sharded
+from tests.training_cases import (
+    VOCAB,
+    alone,
+    apart,
+    arithmetic,
+    configuration,
+    course,
+    divisible,
+    parallel,
+    sharded,
+)
 
 serial = pytest.mark.serial
 GRAPHS = Run(graphs=True)
+ROUNDING = 1e-6     # relative
 WAYS = {"allreduce": configuration, "level 1": lambda name: sharded(name, 1)}
 
 
@@ -86,6 +98,25 @@ def test_stages_send_through_the_host(schedule: str, comm: MPI.Comm) -> None:
     staged = Staged(HOST, piece_bytes=1024)
     found = on(staged, configuration("shared", pp=2, schedule=schedule), "bf16")
     everywhere(comm, same(alone(configuration(), precision="bf16"), found), f"{found[:2]}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rings_send_through_the_host(precision: str, comm: MPI.Comm) -> None:
+    """Likewise, in the forward and in the backward pass."""
+    config = configuration("shared", cp=comm.size)
+    found = on(Staged(HOST, piece_bytes=1024), config, precision)
+    everywhere(comm, same(parallel(config, precision=precision), found), f"{found[:2]}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("how", [Direct, Staged])
+@pytest.mark.parametrize("name", ["shared", "ring"])
+def test_teams_exchange_a_device_s_arrays(name: str, how: type, comm: MPI.Comm) -> None:
+    """The same sums as those of a host's messages, in the same order."""
+    config = divisible(name, tp=comm.size, reproducible=False)
+    found = on(how(Late(prompt=True)), config)
+    everywhere(comm, apart(found, parallel(config)) < ROUNDING, f"{found[:2]}")
 
 
 @pytest.mark.ranks(min=2)
@@ -163,7 +194,7 @@ def test_sharing_a_gpu_without_saying_so_is_refused_on_all_ranks(comm: MPI.Comm)
 @pytest.mark.parametrize(("config", "message"), [
     (Config(sync=Sync(kind="local_sgd")), r"--sync\.kind local_sgd is for CPUs"),
     (Config(sync=Sync(compress="onebit")), r"--sync\.compress onebit is for CPUs.*bf16 or int8"),
-    (Config(parallel=Parallel(tp=2)), r"--parallel\.tp 2 is for CPUs"),
+    (Config(run=GRAPHS, parallel=Parallel(tp=2)), r"--parallel\.tp 2 does not keep to\. Give --parallel\.tp 1"),
     (Config(run=GRAPHS, parallel=Parallel(pp=2)), r"--parallel\.pp 2 does not keep to\. Give --parallel\.pp 1"),
     (Config(run=GRAPHS, parallel=Parallel(schedule="zb")), r"Give --parallel\.schedule 1f1b, or --run\.graphs false"),
     (Config(run=GRAPHS, parallel=Parallel(recompute=True)), r"Give --parallel\.recompute false"),
@@ -171,6 +202,15 @@ def test_sharing_a_gpu_without_saying_so_is_refused_on_all_ranks(comm: MPI.Comm)
 def test_what_is_for_cpus_is_refused_on_gpus(config: Config, message: str) -> None:
     with pytest.raises(UserError, match=message):
         device.check(config)
+
+
+@serial
+@pytest.mark.parametrize("parallel", [Parallel(pp=2, cp=2), Parallel(pp=2, tp=2)])
+def test_stages_of_teams_and_rings_need_an_mpi_that_knows_gpus(parallel: Parallel) -> None:
+    device._check_way(parallel, "device")
+    device._check_way(replace(parallel, pp=1), "staged")
+    with pytest.raises(UserError, match=r"needs an MPI that is given the GPUs' memory"):
+        device._check_way(parallel, "staged")
 
 
 @serial

@@ -16,7 +16,7 @@ from mpilm.comm.transport import Staged, Transport
 from mpilm.launch import session
 from tests.comm import places
 from tests.helpers import everywhere
-from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, sharded
+from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, divisible, sharded
 
 pytestmark = pytest.mark.gpu
 Found = tuple[list, list, dict]
@@ -87,6 +87,15 @@ def test_stages(pp: int, transport: Transport, comm: MPI.Comm) -> None:
     expected = train(configuration("shared"), Staged(transport.device), "bf16", together=False)
     found = train(configuration("shared", pp=pp), transport, "bf16", together=True)
     everywhere(comm, same(found, (*expected[:2], {name: expected[2][name] for name in found[2]})), f"{found[:2]}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("axis", ["cp", "tp"])
+def test_ranks_that_share_sequences_or_layers_are_near_one(axis: str, transport: Transport, comm: MPI.Comm) -> None:
+    expected = train(divisible("shared"), Staged(transport.device), "fp32", together=False)
+    found = train(divisible("shared", **{axis: comm.size}), transport, "fp32", together=True)
+    numbers = zip(found[0] + found[1], expected[0] + expected[1], strict=True)
+    everywhere(comm, all(abs(a / b - 1) < NEAR for a, b in numbers), f"{found[:2]}, not {expected[:2]}")
 
 
 @pytest.mark.serial

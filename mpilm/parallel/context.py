@@ -30,6 +30,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpilm.comm import p2p
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.model import online
 from mpilm.model.context import Whole
 from mpilm.parallel import zigzag
@@ -42,14 +43,17 @@ class Ring(Whole):
 
     A sequence must be cut into 2 x size chunks of equal length.
 
+    Args:
+        transport: Of the device that computes.
+
     Attributes:
         keys: Messages with blocks of keys and values.
         sums: Messages with their gradients.
     """
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: MPI.Comm, transport: Transport = ON_HOST) -> None:
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.ledgers = self.keys, self.sums = p2p.Ledger(), p2p.Ledger()
+        self.ledgers = self.keys, self.sums = transport.ledger(), transport.ledger()
 
     def share(self, x: Tensor) -> Tensor:
         """My tokens of [B, T], an early and a late chunk: [B, T / size]."""

@@ -21,11 +21,14 @@ from torch import Tensor
 from mpilm import bridge
 from mpilm.comm import arrays, choose, order, p2p
 from mpilm.comm.collectives import Collective
+from mpilm.comm.devices import Array
 from mpilm.comm.node import Node
+from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.model.online import exact_dtype
 
 TURNS = 2
 FLOAT_BYTES = 4
+NEVER = ("nccl",)   # beside sums of gradients by NCCL, in another order on every rank: each may wait for the other
 
 
 class Exchange(Protocol):
@@ -44,14 +47,16 @@ class Exchange(Protocol):
         """Give communicators back. Collective."""
 
 
-def build(name: str, comm: MPI.Comm, *, rows: int, width: int, dtype: torch.dtype,
-          reproducible: bool = False) -> Exchange:
+def build(name: str, comm: MPI.Comm, *, rows: int, width: int, dtype: torch.dtype, reproducible: bool = False,
+          transport: Transport = ON_HOST) -> Exchange:
     """An exchange by the collective of that name. Collective over `comm`.
 
     Args:
-        name: "auto" and "shared" go through memory, if the ranks are on one node; else as in choose.build.
+        name: "auto" and "shared" go through memory, if the ranks are on one node and compute on it; else as in
+            choose.build.
         rows: Tokens of a micro-batch at most, over all ranks.
         width: Elements of a token's activations, which are of `dtype`.
+        transport: Of the device that computes.
 
     Raises:
         UserError: It cannot work here. SharedMemoryError is one.
@@ -59,10 +64,11 @@ def build(name: str, comm: MPI.Comm, *, rows: int, width: int, dtype: torch.dtyp
     node, sum_bytes = Node.build(comm), torch.promote_types(dtype, torch.float32).itemsize
     nbytes = max(rows * max(width * dtype.itemsize, 2 * sum_bytes), width * sum_bytes)
     shared_bytes = TURNS * comm.size * nbytes
-    if node.num_nodes == 1 and name in ("auto", "shared") and node.room() > shared_bytes:
+    by_memory = transport.device.shares and node.num_nodes == 1 and name in ("auto", "shared")
+    if by_memory and node.room() > shared_bytes:
         return Memory(node, nbytes)
     return Messages(choose.build(name, comm, node, count=nbytes // FLOAT_BYTES, reproducible=reproducible,
-                                 shared_bytes=shared_bytes), node)
+                                 shared_bytes=shared_bytes, transport=transport, never=NEVER), node)
 
 
 class Memory:
@@ -128,7 +134,7 @@ class Messages:
     def __init__(self, collective: Collective, node: Node) -> None:
         self.collective, self.node = collective, node
         self.rank, self.size = collective.comm.rank, collective.comm.size
-        self.buffers: dict[tuple[int, torch.dtype], np.ndarray] = {}
+        self.buffers: dict[tuple[int, torch.dtype], Array] = {}
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """As Exchange."""
@@ -146,7 +152,7 @@ class Messages:
         self.collective.reduce_scatter(buffer)
         return parts[self.rank].to(x.dtype, copy=True)
 
-    def _parts(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[np.ndarray, list[Tensor]]:
+    def _parts(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Array, list[Tensor]]:
         """A buffer, and in it a place of `shape` in every rank's segment."""
         count = torch.Size(shape).numel()
         length = count if count < order.BLOCK else -(-count // order.BLOCK) * order.BLOCK

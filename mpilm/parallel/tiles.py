@@ -19,7 +19,9 @@ from torch import Tensor
 
 from mpilm.parallel import zigzag
 
-SCORES = 1 << 20        # of a tile, over all heads and sequences, about: 4 MiB of float32, a core's share of a cache
+# Of a tile, over all heads and sequences, about: 4 MiB of float32, a core's share of a cache; 256 MiB, so that a kernel
+# keeps a GPU busy.
+SCORES, SCORES_OF_GPU = 1 << 20, 1 << 26
 LEAST = 64              # tokens: smaller products are slow whatever the memory
 
 
@@ -37,7 +39,8 @@ class Tiles:
         self.rank, self.kv_heads, self.documents, self.shape = rank, kv_heads, documents, q.shape
         batch, tokens, heads, _ = q.shape
         chunk = tokens // 2
-        cuts = zigzag.cuts(chunk, max(LEAST, isqrt(SCORES // (batch * heads))))
+        scores = SCORES if q.device.type == "cpu" else SCORES_OF_GPU
+        cuts = zigzag.cuts(chunk, max(LEAST, isqrt(scores // (batch * heads))))
         self.count = len(cuts)
         self.places = [slice(start + cut.start, start + cut.stop) for start in (0, chunk) for cut in cuts]
         order = torch.arange(max(place.stop - place.start for place in self.places), device=q.device)
