@@ -80,15 +80,11 @@ def check(config: Config) -> None:
         UserError: Names the option.
     """
     sync, parallel = config.sync, config.parallel
-    host = "or --run.device host"
-    if sync.kind == "local_sgd":
-        raise UserError(f"--sync.kind local_sgd is for CPUs in this version: give allreduce, sharded or "
-                        f"parameter_server, {host}.")
     able = [name for name in compress.names() if compress.get(name).on_gpus]
     pushed = sync.kind == "parameter_server"    # what travels is encoded on the host
     if sync.compress not in ("none", *able) and not pushed:
         raise UserError(f"--sync.compress {sync.compress} is for CPUs in this version: give none, "
-                        f"{' or '.join(able)}, {host}.")
+                        f"{' or '.join(able)}, or --run.device host.")
     if config.run.graphs:
         _check_graphs(parallel)
 

@@ -13,7 +13,7 @@ import torch
 from mpi4py import MPI
 
 from mpilm import assemble, device, placement
-from mpilm.comm import aware
+from mpilm.comm import arrays, aware
 from mpilm.comm.devices import HOST
 from mpilm.comm.transport import Direct, Staged, Transport
 from mpilm.config import Config, Parallel, Run, Sync
@@ -98,6 +98,30 @@ def test_stages_send_through_the_host(schedule: str, comm: MPI.Comm) -> None:
     staged = Staged(HOST, piece_bytes=1024)
     found = on(staged, configuration("shared", pp=2, schedule=schedule), "bf16")
     everywhere(comm, same(alone(configuration(), precision="bf16"), found), f"{found[:2]}")
+
+
+@pytest.mark.parametrize("how", [Direct, Staged])
+@pytest.mark.parametrize("fragments", [0, 2])
+def test_replicas_that_train_by_themselves(fragments: int, how: type, comm: MPI.Comm) -> None:
+    """Averages, outer momentum, and what a checkpoint has of them."""
+    config = configuration("ring", kind="local_sgd", reproducible=False, bucket_mib=0.05, steps=5)
+    config.sync.every, config.sync.outer_momentum, config.sync.outer_lr = 2, 0.9, 0.7
+    config.sync.fragments = fragments
+    found = []
+    for transport in (Direct(HOST), how(Late(prompt=True))):
+        with session() as world:
+            shape = assemble.shape_of(config, VOCAB)
+            core = assemble.build(config, world, shape, arithmetic(config), transport=transport)
+            assemble.restore(core, shape, config, None)
+            trained = course(core, config)
+            with core.sync.averaged():
+                average = [p.detach().clone() for p in core.parameters().values()]
+            runs = core.sync.runs(comm.rank, comm.size)
+            found.append((trained, average, {run[:3]: arrays.fetch(run[3]).copy() for run in runs}))
+            world.comm.Barrier()
+    (one, one_average, one_runs), (other, average, runs) = found
+    everywhere(comm, same(one, other) and all(map(torch.equal, one_average, average)), f"{one[:2]}, not {other[:2]}")
+    everywhere(comm, all(np.array_equal(runs[key], values) for key, values in one_runs.items()) and len(runs) > 9)
 
 
 @pytest.mark.ranks(min=2)
@@ -192,7 +216,6 @@ def test_sharing_a_gpu_without_saying_so_is_refused_on_all_ranks(comm: MPI.Comm)
 
 @serial
 @pytest.mark.parametrize(("config", "message"), [
-    (Config(sync=Sync(kind="local_sgd")), r"--sync\.kind local_sgd is for CPUs"),
     (Config(sync=Sync(compress="onebit")), r"--sync\.compress onebit is for CPUs.*bf16 or int8"),
     (Config(run=GRAPHS, parallel=Parallel(tp=2)), r"--parallel\.tp 2 does not keep to\. Give --parallel\.tp 1"),
     (Config(run=GRAPHS, parallel=Parallel(pp=2)), r"--parallel\.pp 2 does not keep to\. Give --parallel\.pp 1"),
@@ -237,8 +260,6 @@ def test_a_gpu_that_is_not_there_is_a_mistake(run_mpi) -> None:
 
 def test_values_come_and_go(comm: MPI.Comm) -> None:
     """What checkpoints read and write of any device."""
-    from mpilm.comm import arrays
-
     late = Late(comm.rank)
     held, values = late.zeros(100, np.float32), np.arange(100, dtype=np.float32)
     arrays.put(values[10:20], held[10:20])

@@ -16,7 +16,7 @@ from mpilm.comm.transport import Staged, Transport
 from mpilm.launch import session
 from tests.comm import places
 from tests.helpers import everywhere
-from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, divisible, sharded
+from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, divisible, parallel, sharded
 
 pytestmark = pytest.mark.gpu
 Found = tuple[list, list, dict]
@@ -94,6 +94,17 @@ def test_stages(pp: int, transport: Transport, comm: MPI.Comm) -> None:
 def test_ranks_that_share_sequences_or_layers_are_near_one(axis: str, transport: Transport, comm: MPI.Comm) -> None:
     expected = train(divisible("shared"), Staged(transport.device), "fp32", together=False)
     found = train(divisible("shared", **{axis: comm.size}), transport, "fp32", together=True)
+    numbers = zip(found[0] + found[1], expected[0] + expected[1], strict=True)
+    everywhere(comm, all(abs(a / b - 1) < NEAR for a, b in numbers), f"{found[:2]}, not {expected[:2]}")
+
+
+@pytest.mark.parametrize("fragments", [0, 2])
+def test_replicas_that_train_by_themselves_are_near_a_host(
+    fragments: int, transport: Transport, comm: MPI.Comm
+) -> None:
+    config = configuration("ring", kind="local_sgd", reproducible=False)
+    config.sync.every, config.sync.outer_momentum, config.sync.fragments = 1, 0.9, fragments
+    found, expected = train(config, transport, "fp32", together=True), parallel(config)
     numbers = zip(found[0] + found[1], expected[0] + expected[1], strict=True)
     everywhere(comm, all(abs(a / b - 1) < NEAR for a, b in numbers), f"{found[:2]}, not {expected[:2]}")
 

@@ -20,6 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpilm import bridge
+from mpilm.comm.arrays import fetch
+from mpilm.comm.devices import Array
 from mpilm.comm.order import BLOCK, segments
 from mpilm.sync._buckets import MASTERS, Bucket, Read, Run, runs_of
 from mpilm.sync._compressed import Compress
@@ -61,27 +64,28 @@ class Apart(Bucket):
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, compress: Compress, outer: Outer, *,
                  share: float, states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit],
                  repeated: Collection[str]) -> None:
-        count, own = layout.count, slice(0, layout.count)
-        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits), repeated)
+        count, own, device = layout.count, slice(0, layout.count), collective.device
+        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits), repeated, device)
         self.collective, self.outer, self.share = collective, outer, share
-        self.masters, self.anchor = torch.zeros(count), torch.zeros(count)
-        self.flat = self.shard = self.masters if dtype == torch.float32 else torch.zeros(count, dtype=dtype)
-        self.states = {name: np.zeros(count, np.float32) for name in states}
-        self.velocity = torch.zeros(count if outer.momentum else 0)
-        self.squares = np.zeros(count // BLOCK)
+        self.masters, self.anchor = (torch.zeros(count, device=device.torch) for _ in range(2))
+        self.flat = self.shard = self.masters if dtype == torch.float32 else torch.zeros_like(self.masters, dtype=dtype)
+        self.states = {name: device.zeros(count, np.float32) for name in states}
+        self.velocity = torch.zeros(count if outer.momentum else 0, device=device.torch)
+        self.squares = device.zeros(count // BLOCK, np.float64)
         self.difference = collective.allocate(count, np.float32)
+        self.away = bridge.tensor(self.difference, torch.float32)
         self.total = compress(layout, collective, collective.allreduce)
         self.taken: Tensor | None = None    # the masters as they were when the difference was taken
 
     def take(self) -> None:
         """Write down how far I have come from the anchor."""
-        torch.sub(self.anchor, self.masters, out=torch.from_numpy(self.difference)).mul_(self.share)
+        torch.sub(self.anchor, self.masters, out=self.away).mul_(self.share)
         self.taken = self.masters.clone()
 
     def merge(self) -> None:
         """The difference is summed: an outer step, and back to the anchor but for what I moved since `take`."""
         assert self.taken is not None, "no difference was taken"
-        self.outer.step(self.anchor, torch.from_numpy(self.difference), self.velocity)
+        self.outer.step(self.anchor, self.away, self.velocity)
         self.masters.sub_(self.taken).add_(self.anchor)
         self.taken = None
         self.round()
@@ -90,10 +94,10 @@ class Apart(Bucket):
         """All replicas have the same masters: they are the anchor."""
         self.anchor.copy_(self.masters)
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Array]:
         """As Bucket, where the anchor stands for how far the masters are from it."""
-        velocity = {MOMENTUM: self.velocity.numpy()} if self.outer.momentum else {}
-        return {**super().arrays(), DRIFT: self.anchor.numpy(), **velocity}
+        velocity = {MOMENTUM: bridge.array(self.velocity)} if self.outer.momentum else {}
+        return {**super().arrays(), DRIFT: bridge.array(self.anchor), **velocity}
 
     def load(self, read: Read) -> None:
         """As Bucket; where there is what this replica left, of as many, that instead of the average."""
@@ -108,11 +112,11 @@ class Apart(Bucket):
 
     def _load_others(self, read: Read) -> None:
         """What my own masters need beside them."""
-        self.fill(self.anchor.numpy(), self._everyones(ANCHOR), read)
+        self.fill(bridge.array(self.anchor), self._everyones(ANCHOR), read)
         for name, array in self.states.items():
             self.fill(array, self._mine(name), read)
         taken = torch.zeros_like(self.masters)
-        self.fill(taken.numpy(), self._mine(TAKEN), read)
+        self.fill(bridge.array(taken), self._mine(TAKEN), read)
         if taken.any():
             self.taken = taken
             self.fill(self.difference, self._everyones(SUM), read)
@@ -128,31 +132,32 @@ class Apart(Bucket):
     def average(self) -> Tensor:
         """The average of all replicas' masters, with the bits that `runs` has; the anchor, to the bit, where nobody has
         moved from it."""
-        difference = (self.anchor - self.masters).mul_(self.share)
-        self.collective.reduce_scatter(difference.numpy())
-        self.collective.allgather(difference.numpy())
-        return self.anchor - difference
+        difference = self._part_of(self.anchor - self.masters)
+        self.collective.reduce_scatter(difference)
+        self.collective.allgather(difference)
+        return self.anchor - bridge.tensor(difference, torch.float32)
 
     def runs(self, *, together: bool) -> list[Run]:
         """This rank's share of everything a resume needs, averaged over the replicas; `together`: all have the same."""
         mine = self._share()
-        arrays = {name: array[mine] for name, array in self.arrays().items()}
+        found = {name: fetch(array[mine]) for name, array in self.arrays().items()}
         if together:
-            arrays[DRIFT] = np.zeros_like(arrays[DRIFT])
+            found[DRIFT] = np.zeros_like(found[DRIFT])
         else:
-            away = self._sum((self.anchor - self.masters).numpy(), mine)
-            arrays[MASTERS] = arrays[DRIFT] - away
-            arrays[DRIFT] = arrays[DRIFT] - arrays[MASTERS]
-            arrays |= {name: self._sum(array, mine) for name, array in self.states.items()}
-        return runs_of(self.layout, mine, arrays)
+            away = self._sum(self.anchor - self.masters, mine)
+            found[MASTERS] = found[DRIFT] - away
+            found[DRIFT] = found[DRIFT] - found[MASTERS]
+            found |= {name: self._sum(bridge.tensor(array, torch.float32), mine)
+                      for name, array in self.states.items()}
+        return runs_of(self.layout, mine, found)
 
     def own_runs(self) -> list[Run]:
         """What this replica, and no other, needs to go on as if it had not stopped; a difference that is on its way
         has been summed."""
-        mine, share = {MASTERS: self.masters.numpy(), **self.states}, self._share()
-        everyones = {ANCHOR: self.anchor.numpy()[share]}
+        mine, share = {MASTERS: bridge.array(self.masters), **self.states}, self._share()
+        everyones = {ANCHOR: bridge.array(self.anchor)[share]}
         if self.taken is not None:
-            mine[TAKEN], everyones[SUM] = self.taken.numpy(), self.difference[share]
+            mine[TAKEN], everyones[SUM] = bridge.array(self.taken), self.difference[share]
         return [*runs_of(self.layout, self.own, {self._mine(name): array for name, array in mine.items()}),
                 *runs_of(self.layout, share, {self._everyones(name): array for name, array in everyones.items()})]
 
@@ -160,8 +165,14 @@ class Apart(Bucket):
         comm = self.collective.comm
         return segments(self.layout.count, comm.size)[comm.rank]
 
-    def _sum(self, array: np.ndarray, mine: slice) -> np.ndarray:
+    def _part_of(self, values: Tensor) -> Array:
+        """What is mine of the average of everyone's `values`."""
+        part = self.device.empty(self.layout.count, np.float32)
+        torch.mul(values, self.share, out=bridge.tensor(part, torch.float32))
+        return part
+
+    def _sum(self, values: Tensor, mine: slice) -> np.ndarray:
         """Segment `mine` of the average."""
-        buffer = array * np.float32(self.share)
-        self.collective.reduce_scatter(buffer)
-        return buffer[mine].copy()
+        part = self._part_of(values)
+        self.collective.reduce_scatter(part)
+        return fetch(part[mine]).copy()

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from mpilm.comm import arrays
 from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import Update
 from mpilm.sync._apart import Apart, Outer
@@ -98,7 +99,7 @@ class LocalSgd(Summing[Apart]):
         return self.update.applied >= self.local_after
 
     def _blocks(self) -> np.ndarray:
-        return np.concatenate([np.empty(0), *(bucket.squares for bucket in self.buckets)])
+        return np.concatenate([np.empty(0), *(arrays.fetch(bucket.squares) for bucket in self.buckets)])
 
     def _accept(self, update: Update) -> float | None:
         self.before = update.applied
