@@ -201,6 +201,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     together = mesh.replicas
     if layout.staleness(config):    # a step is this replica's own
         runs, together = [slots], MPI.COMM_SELF
+    connect.check(config, mesh, transport)
     context = connect.context(mesh, transport)
     split = connect.split(config, world, mesh, shape, decision, transport)
     parts = [GPT(shape, units, context, split)

@@ -56,15 +56,22 @@ def collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[to
                transport: Transport = ON_HOST) -> Collective:
     """What sums gradients over the replicas. Collective over the mesh."""
     node = world.owns(Node.build(mesh.replicas))
-    never = _never(mesh, transport)
-    if config.sync.collective in never:
-        raise UserError("--sync.collective nccl: ranks that share a model use the GPU's memory in messages while "
-                        "gradients are summed, and the two may wait for each other for ever. Choose --sync.collective "
-                        "shared or ring (or auto); with --parallel.pp alone --comm.transport staged does as well.")
     return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
                                    count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
                                    shared_bytes=room.shared(mesh, node, parameters), transport=transport,
-                                   never=never))
+                                   never=_never(mesh, transport)))
+
+
+def check(config: Config, mesh: Mesh, transport: Transport) -> None:
+    """Whether the collective asked for may be used.
+
+    Raises:
+        UserError: Not beside the messages of ranks that share a model.
+    """
+    if config.sync.collective in _never(mesh, transport):
+        raise UserError("--sync.collective nccl: ranks that share a model use the GPU's memory in messages while "
+                        "gradients are summed, and the two may wait for each other for ever. Choose --sync.collective "
+                        "shared or ring (or auto); with --parallel.pp alone --comm.transport staged does as well.")
 
 
 def _never(mesh: Mesh, transport: Transport) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ def transport(config: Config, world: World) -> Transport:
                  "version of CUDA or ROCm. With --run.device host this is not said.")
         return ON_HOST
     check(config)
+    _require_threads(world.thread_level)
     device = _agreed(world, kind, int(index))
     torch.cuda.set_device(int(index))
     sharers = _sharers(config, world, device.uuid)
@@ -99,12 +100,19 @@ def _check_graphs(parallel: Parallel) -> None:
 
 
 def _check_way(parallel: Parallel, way: str) -> None:
-    """PyTorch has a thread for the backward passes of a GPU, and messages of a thread move on when it waits: stages'
-    messages would wait for those of a backward pass, and those for the stages'."""
+    """Messages through the host move on when the thread that sends them waits: while backward passes wait in PyTorch's
+    thread for those of their team or ring, those to other stages would not, which some of these wait for."""
     if way == "staged" and parallel.pp > 1 and parallel.cp * parallel.tp > 1:
         raise UserError(f"--parallel.pp {parallel.pp} with cp {parallel.cp} and tp {parallel.tp} needs an MPI that is "
                         "given the GPUs' memory (--comm.transport device; the README says how to get one). Without "
                         "one give --parallel.pp 1, or cp and tp 1.")
+
+
+def _require_threads(level: int) -> None:
+    """PyTorch has a thread of its own for the backward passes of a GPU, and messages are sent from there too."""
+    if level < MPI.THREAD_SERIALIZED:
+        raise UserError("GPUs need an MPI that may be called from more than one thread (MPI_THREAD_SERIALIZED): unset "
+                        "MPI4PY_RC_THREAD_LEVEL, take another MPI, or type --run.device host.")
 
 
 def _require_alike(world: World, kind: str) -> None:

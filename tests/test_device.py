@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,8 +40,23 @@ from tests.training_cases import (
 
 serial = pytest.mark.serial
 GRAPHS = Run(graphs=True)
-ROUNDING = 1e-6     # relative
+ROUNDING = {"fp32": 1e-6, "bf16": 0.02}     # relative
 WAYS = {"allreduce": configuration, "level 1": lambda name: sharded(name, 1)}
+
+
+@pytest.fixture
+def backward_apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Backward passes in a thread of their own, as PyTorch has one for a GPU."""
+    with ThreadPoolExecutor(1, "backward") as thread:
+        def apart(run: Callable[..., Any]) -> Callable[..., Any]:
+            def there(*args: Any, **options: Any) -> Any:
+                if threading.current_thread().name.startswith("backward"):
+                    return run(*args, **options)
+                return thread.submit(run, *args, **options).result()
+            return there
+        for name in ("backward", "grad"):
+            monkeypatch.setattr(torch.autograd, name, apart(getattr(torch.autograd, name)))
+        yield
 
 
 def on(transport: Transport, config: Config, precision: str = "fp32") -> tuple[list, list, dict]:
@@ -108,7 +127,7 @@ def test_replicas_that_train_by_themselves(fragments: int, how: type, comm: MPI.
     config.sync.every, config.sync.outer_momentum, config.sync.outer_lr = 2, 0.9, 0.7
     config.sync.fragments = fragments
     found = []
-    for transport in (Direct(HOST), how(Late(prompt=True))):
+    for transport in (Direct(HOST), how(Late(comm.rank, immediate=True))):
         with session() as world:
             shape = assemble.shape_of(config, VOCAB)
             core = assemble.build(config, world, shape, arithmetic(config), transport=transport)
@@ -126,6 +145,7 @@ def test_replicas_that_train_by_themselves(fragments: int, how: type, comm: MPI.
 
 @pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.usefixtures("backward_apart")
 def test_rings_send_through_the_host(precision: str, comm: MPI.Comm) -> None:
     """Likewise, in the forward and in the backward pass."""
     config = configuration("shared", cp=comm.size)
@@ -136,11 +156,21 @@ def test_rings_send_through_the_host(precision: str, comm: MPI.Comm) -> None:
 @pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("how", [Direct, Staged])
 @pytest.mark.parametrize("name", ["shared", "ring"])
-def test_teams_exchange_a_device_s_arrays(name: str, how: type, comm: MPI.Comm) -> None:
-    """The same sums as those of a host's messages, in the same order."""
+@pytest.mark.parametrize("precision", ROUNDING)
+@pytest.mark.usefixtures("backward_apart")
+def test_teams_exchange_a_device_s_arrays(precision: str, name: str, how: type, comm: MPI.Comm) -> None:
+    """The same sums as those of a host's messages."""
     config = divisible(name, tp=comm.size, reproducible=False)
-    found = on(how(Late(prompt=True)), config)
-    everywhere(comm, apart(found, parallel(config)) < ROUNDING, f"{found[:2]}")
+    found = on(how(Late(prompt=True)), config, precision)
+    everywhere(comm, apart(found, parallel(config, precision=precision)) < ROUNDING[precision], f"{found[:2]}")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.usefixtures("backward_apart")
+def test_split_backward_passes_go_on_in_their_thread(recompute: bool, comm: MPI.Comm) -> None:
+    """Which does not know what the thread that began them has in its context."""
+    found = parallel(configuration("shared", pp=comm.size, schedule="zb", recompute=recompute))
+    everywhere(comm, same(alone(configuration()), found), f"{found[:2]}")
 
 
 @pytest.mark.ranks(min=2)
@@ -234,6 +264,13 @@ def test_stages_of_teams_and_rings_need_an_mpi_that_knows_gpus(parallel: Paralle
     device._check_way(replace(parallel, pp=1), "staged")
     with pytest.raises(UserError, match=r"needs an MPI that is given the GPUs' memory"):
         device._check_way(parallel, "staged")
+
+
+@serial
+def test_an_mpi_for_one_thread_is_refused_on_gpus() -> None:
+    device._require_threads(MPI.THREAD_SERIALIZED)
+    with pytest.raises(UserError, match="unset MPI4PY_RC_THREAD_LEVEL"):
+        device._require_threads(MPI.THREAD_FUNNELED)
 
 
 @serial

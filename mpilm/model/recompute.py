@@ -10,14 +10,15 @@ Memory for a block's activations is needed for one block at a time; the forward 
 records a graph, so that compiled blocks run the same code. (Training deep nets with sublinear memory cost: arXiv
 1604.06174.)
 
-`PASS` is how the backward pass goes through the block's graph: (y, x, dy) -> dx. Whoever splits backward passes puts
-its own way there, for as long as its first half takes (parallel/deferred.py).
+How the backward pass goes through the block's graph, (y, x, dy) -> dx, is a `Pass`. Whoever splits backward passes has
+its own, for as long as its first half takes (parallel/deferred.py): `with by(through): ...`. It holds for all threads,
+because backward passes of a GPU have one of their own, which knows nothing of the context of the one that began them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +36,17 @@ def whole(output: Tensor, hidden: Tensor, gradient: Tensor) -> Tensor | None:
     return hidden.grad
 
 
-PASS: ContextVar[Pass] = ContextVar("PASS", default=whole)
+_ways: list[Pass] = [whole]     # the innermost last
+
+
+@contextmanager
+def by(way: Pass) -> Iterator[None]:
+    """In such a block, backward passes go through blocks' graphs so."""
+    _ways.append(way)
+    try:
+        yield
+    finally:
+        _ways.pop()
 
 
 def again(block: Block, x: Tensor, *args: Any) -> Tensor:
@@ -60,7 +71,7 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, = ctx.saved_tensors
         output, leaf = _graph(ctx.block, x, ctx.args)
-        return PASS.get()(output, leaf, gradients[0]), None, None
+        return _ways[-1](output, leaf, gradients[0]), None, None
 
 
 def _graph(block: Block, x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

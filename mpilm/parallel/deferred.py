@@ -113,11 +113,8 @@ class Deferred:
             operands[:] = [new if old is None else old for old, new in zip(operands, found, strict=True)]
             return dx
 
-        outside = recompute.PASS.set(through)
-        try:
+        with recompute.by(through):
             return Half(self.layers, operands, through(output, hidden, gradient))
-        finally:
-            recompute.PASS.reset(outside)
 
 
 class Half:

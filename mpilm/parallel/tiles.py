@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mpilm.parallel import zigzag
 
-# Of a tile, over all heads and sequences, about: 4 MiB of float32, a core's share of a cache; 256 MiB, so that a kernel
+# Of a tile, over all heads and sequences, about: 4 MiB of float32, a core's share of a cache; 64 MiB, so that a kernel
 # keeps a GPU busy.
-SCORES, SCORES_OF_GPU = 1 << 20, 1 << 26
+SCORES, SCORES_OF_GPU = 1 << 20, 1 << 24
 LEAST = 64              # tokens: smaller products are slow whatever the memory
 
 

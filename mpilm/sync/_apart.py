@@ -140,16 +140,16 @@ class Apart(Bucket):
     def runs(self, *, together: bool) -> list[Run]:
         """This rank's share of everything a resume needs, averaged over the replicas; `together`: all have the same."""
         mine = self._share()
-        found = {name: fetch(array[mine]) for name, array in self.arrays().items()}
+        arrays = {name: array[mine] for name, array in self.arrays().items()}
         if together:
-            found[DRIFT] = np.zeros_like(found[DRIFT])
+            arrays[DRIFT] = np.zeros(len(arrays[DRIFT]), np.float32)
         else:
-            away = self._sum(self.anchor - self.masters, mine)
-            found[MASTERS] = found[DRIFT] - away
-            found[DRIFT] = found[DRIFT] - found[MASTERS]
-            found |= {name: self._sum(bridge.tensor(array, torch.float32), mine)
-                      for name, array in self.states.items()}
-        return runs_of(self.layout, mine, found)
+            anchor = fetch(arrays[DRIFT])
+            arrays[MASTERS] = anchor - self._sum(self.anchor - self.masters, mine)
+            arrays[DRIFT] = anchor - arrays[MASTERS]
+            arrays |= {name: self._sum(bridge.tensor(array, torch.float32), mine)
+                       for name, array in self.states.items()}
+        return runs_of(self.layout, mine, arrays)
 
     def own_runs(self) -> list[Run]:
         """What this replica, and no other, needs to go on as if it had not stopped; a difference that is on its way
@@ -166,7 +166,7 @@ class Apart(Bucket):
         return segments(self.layout.count, comm.size)[comm.rank]
 
     def _part_of(self, values: Tensor) -> Array:
-        """What is mine of the average of everyone's `values`."""
+        """What I add to the average of everyone's `values`, at full length."""
         part = self.device.empty(self.layout.count, np.float32)
         torch.mul(values, self.share, out=bridge.tensor(part, torch.float32))
         return part

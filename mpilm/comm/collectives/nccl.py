@@ -5,7 +5,7 @@ number for the group goes to all. The order of a sum is the library's. Each rank
 
 A kernel of NCCL's waits on the GPU for those of other ranks. MPI that is given GPU memory may wait for the GPU in its
 turn, and both for ever. So the two are never under way together: sums are made by one thread, one after the other, and
-`connect` does not take NCCL beside stages whose messages are a GPU's memory.
+`connect` does not take NCCL beside stages whose messages are a GPU's memory, nor beside rings and teams.
 """
 
 from __future__ import annotations
