@@ -18,7 +18,6 @@ from mpilm.comm.transport import MENU, ON_HOST, Transport
 from mpilm.config import Config, Parallel
 from mpilm.launch import World, agree
 from mpilm.log import UserError, counted, say, warn
-from mpilm.sync import compress
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -39,7 +38,8 @@ def transport(config: Config, world: World) -> Transport:
             warn("There is a GPU, and without CuPy it is not used: pip install cupy-cuda13x, or the package for your "
                  "version of CUDA or ROCm. With --run.device host this is not said.")
         return ON_HOST
-    check(config)
+    if config.run.graphs:
+        check_graphs(config.parallel)
     _require_threads(world.thread_level)
     device = _agreed(world, kind, int(index))
     torch.cuda.set_device(int(index))
@@ -74,23 +74,12 @@ def memory(world: World, device: Device) -> int:
     return device.free_bytes() // len(placement.doubled(uuids).get(uuids[rank], [rank]))
 
 
-def check(config: Config) -> None:
-    """What GPUs are not for yet.
+def check_graphs(parallel: Parallel) -> None:
+    """Whether blocks can be played as CUDA graphs.
 
     Raises:
-        UserError: Names the option.
+        UserError: Names the option that they can't go with.
     """
-    sync, parallel = config.sync, config.parallel
-    able = [name for name in compress.names() if compress.get(name).on_gpus]
-    pushed = sync.kind == "parameter_server"    # what travels is encoded on the host
-    if sync.compress not in ("none", *able) and not pushed:
-        raise UserError(f"--sync.compress {sync.compress} is for CPUs in this version: give none, "
-                        f"{' or '.join(able)}, or --run.device host.")
-    if config.run.graphs:
-        _check_graphs(parallel)
-
-
-def _check_graphs(parallel: Parallel) -> None:
     for option, needed in {"pp": 1, "cp": 1, "tp": 1, "schedule": "1f1b", "recompute": False}.items():
         given = getattr(parallel, option)
         if given != needed:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,60 +15,19 @@ from mpi4py import MPI
 from mpilm import assemble, device, placement
 from mpilm.comm import arrays, aware
 from mpilm.comm.devices import HOST
-from mpilm.comm.transport import Direct, Staged, Transport
-from mpilm.config import Config, Parallel, Run, Sync
+from mpilm.comm.transport import Direct, Staged
+from mpilm.config import Config, Parallel, Run
 from mpilm.launch import session
 from mpilm.log import UserError
+from mpilm.sync import compress
 from tests import server_cases
 from tests.comm.late import Late
+from tests.device_cases import on, same
 from tests.helpers import everywhere
-from tests.training_cases import (
-    VOCAB,
-    alone,
-    apart,
-    arithmetic,
-    configuration,
-    course,
-    divisible,
-    parallel,
-    sharded,
-)
+from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, parallel, sharded
 
 serial = pytest.mark.serial
-GRAPHS = Run(graphs=True)
-ROUNDING = {"fp32": 1e-6, "bf16": 0.02}     # relative
 WAYS = {"allreduce": configuration, "level 1": lambda name: sharded(name, 1)}
-
-
-@pytest.fixture
-def backward_apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Backward passes in a thread of their own, as PyTorch has one for a GPU."""
-    with ThreadPoolExecutor(1, "backward") as thread:
-        def apart(run: Callable[..., Any]) -> Callable[..., Any]:
-            def there(*args: Any, **options: Any) -> Any:
-                if threading.current_thread().name.startswith("backward"):
-                    return run(*args, **options)
-                return thread.submit(run, *args, **options).result()
-            return there
-        for name in ("backward", "grad"):
-            monkeypatch.setattr(torch.autograd, name, apart(getattr(torch.autograd, name)))
-        yield
-
-
-def on(transport: Transport, config: Config, precision: str = "fp32") -> tuple[list, list, dict]:
-    """Steps over all ranks, with buckets on another device: losses, norms, parameters."""
-    with session() as world:
-        shape = assemble.shape_of(config, VOCAB)
-        core = assemble.build(config, world, shape, arithmetic(config, precision), transport=transport)
-        assemble.restore(core, shape, config, None)
-        found = course(core, config)
-        core.sync.runs(core.mesh.replicas.rank, core.mesh.replicas.size)
-        world.comm.Barrier()
-        return found
-
-
-def same(one: tuple[list, list, dict], other: tuple[list, list, dict]) -> bool:
-    return one[:2] == other[:2] and all(torch.equal(one[2][name], value) for name, value in other[2].items())
 
 
 @pytest.mark.parametrize("how", [Direct, pytest.param(Staged, marks=pytest.mark.slow)])
@@ -98,12 +53,12 @@ def test_a_step_that_does_not_follow_its_thread_shows(way: str, comm: MPI.Comm) 
     assert any(comm.allgather(wrong)), "the bits are right for all that"
 
 
-@pytest.mark.parametrize(("way", "compress"), [("allreduce", "bf16"), ("allreduce", "int8"), ("level 2", "none")])
+@pytest.mark.parametrize(("way", "code"), [*(("allreduce", name) for name in compress.names()), ("level 2", "none")])
 @pytest.mark.parametrize("how", [Direct, Staged])
-def test_arrays_need_not_be_numpys(way: str, compress: str, how: type, comm: MPI.Comm) -> None:
+def test_arrays_need_not_be_numpys(way: str, code: str, how: type, comm: MPI.Comm) -> None:
     """What a late device cannot play, because torch works on its memory in the communication thread too."""
     config = sharded("ring", 2, reproducible=False) if way == "level 2" else configuration("ring", reproducible=False)
-    config.sync.compress = compress
+    config.sync.compress = code
     found = on(how(Late(prompt=True)), config)
     everywhere(comm, same(found, parallel(config)), f"{found[:2]}")
 
@@ -141,36 +96,6 @@ def test_replicas_that_train_by_themselves(fragments: int, how: type, comm: MPI.
     (one, one_average, one_runs), (other, average, runs) = found
     everywhere(comm, same(one, other) and all(map(torch.equal, one_average, average)), f"{one[:2]}, not {other[:2]}")
     everywhere(comm, all(np.array_equal(runs[key], values) for key, values in one_runs.items()) and len(runs) > 9)
-
-
-@pytest.mark.ranks(min=2)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.usefixtures("backward_apart")
-def test_rings_send_through_the_host(precision: str, comm: MPI.Comm) -> None:
-    """Likewise, in the forward and in the backward pass."""
-    config = configuration("shared", cp=comm.size)
-    found = on(Staged(HOST, piece_bytes=1024), config, precision)
-    everywhere(comm, same(parallel(config, precision=precision), found), f"{found[:2]}")
-
-
-@pytest.mark.ranks(min=2)
-@pytest.mark.parametrize("how", [Direct, Staged])
-@pytest.mark.parametrize("name", ["shared", "ring"])
-@pytest.mark.parametrize("precision", ROUNDING)
-@pytest.mark.usefixtures("backward_apart")
-def test_teams_exchange_a_device_s_arrays(precision: str, name: str, how: type, comm: MPI.Comm) -> None:
-    """The same sums as those of a host's messages."""
-    config = divisible(name, tp=comm.size, reproducible=False)
-    found = on(how(Late(prompt=True)), config, precision)
-    everywhere(comm, apart(found, parallel(config, precision=precision)) < ROUNDING[precision], f"{found[:2]}")
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.usefixtures("backward_apart")
-def test_split_backward_passes_go_on_in_their_thread(recompute: bool, comm: MPI.Comm) -> None:
-    """Which does not know what the thread that began them has in its context."""
-    found = parallel(configuration("shared", pp=comm.size, schedule="zb", recompute=recompute))
-    everywhere(comm, same(alone(configuration()), found), f"{found[:2]}")
 
 
 @pytest.mark.ranks(min=2)
@@ -245,16 +170,15 @@ def test_sharing_a_gpu_without_saying_so_is_refused_on_all_ranks(comm: MPI.Comm)
 
 
 @serial
-@pytest.mark.parametrize(("config", "message"), [
-    (Config(sync=Sync(compress="onebit")), r"--sync\.compress onebit is for CPUs.*bf16 or int8"),
-    (Config(run=GRAPHS, parallel=Parallel(tp=2)), r"--parallel\.tp 2 does not keep to\. Give --parallel\.tp 1"),
-    (Config(run=GRAPHS, parallel=Parallel(pp=2)), r"--parallel\.pp 2 does not keep to\. Give --parallel\.pp 1"),
-    (Config(run=GRAPHS, parallel=Parallel(schedule="zb")), r"Give --parallel\.schedule 1f1b, or --run\.graphs false"),
-    (Config(run=GRAPHS, parallel=Parallel(recompute=True)), r"Give --parallel\.recompute false"),
+@pytest.mark.parametrize(("parallel", "message"), [
+    (Parallel(tp=2), r"--parallel\.tp 2 does not keep to\. Give --parallel\.tp 1"),
+    (Parallel(pp=2), r"--parallel\.pp 2 does not keep to\. Give --parallel\.pp 1"),
+    (Parallel(schedule="zb"), r"Give --parallel\.schedule 1f1b, or --run\.graphs false"),
+    (Parallel(recompute=True), r"Give --parallel\.recompute false"),
 ])
-def test_what_is_for_cpus_is_refused_on_gpus(config: Config, message: str) -> None:
+def test_what_graphs_do_not_go_with_is_refused(parallel: Parallel, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        device.check(config)
+        device.check_graphs(parallel)
 
 
 @serial

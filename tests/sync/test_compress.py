@@ -19,7 +19,7 @@ from mpilm.launch import session
 from mpilm.log import UserError
 from mpilm.sync import compress
 from mpilm.sync._layout import Parameter, lay_out
-from mpilm.sync.compress import Codec
+from mpilm.sync.compress import Codec, onebit
 from mpilm.sync.compress._base import CHUNK
 from mpilm.sync.compress._exchange import UNDER_WAY, Exchange
 from mpilm.sync.compress._parcels import HEAD
@@ -112,6 +112,16 @@ def test_topk_sends_the_largest():
 
 
 @pytest.mark.serial
+@pytest.mark.serial
+def test_bits_are_packed_alike_anywhere():
+    """In the order that NumPy has."""
+    bits = torch.rand(8 * 1001, generator=torch.Generator().manual_seed(1)) < 0.3
+    packed = onebit.pack(bits)
+    assert torch.equal(onebit.pack_anywhere(bits), packed)
+    assert torch.equal(onebit.unpack_anywhere(packed), onebit.unpack(packed))
+    assert torch.equal(onebit.unpack(packed), bits.to(torch.uint8))
+
+
 def test_int8_leaves_for_later_what_is_small_beside_its_chunk():
     """An embedding of which two rows were read: the others send nothing, and arrive once they have grown."""
     codec, values = compress.get("int8")(), torch.full((1 << 16,), 1e-4)

@@ -33,11 +33,9 @@ class Way(ABC):
 
     Attributes:
         OPTIONS: What of the section `sync` of the configuration the constructor takes.
-        on_gpus: It takes a GPU's buffers too.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ()
-    on_gpus: ClassVar[bool] = False
 
     @abstractmethod
     def over(self, collective: Collective, layout: Layout) -> Callable[[Array], None]:

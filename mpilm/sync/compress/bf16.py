@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,6 @@ from mpilm.sync.compress._base import Codec
 class Bf16(Codec):
     """2 bytes a value."""
 
-    on_gpus: ClassVar[bool] = True
 
     def chunk_size(self, count: int) -> int:
         """As Codec."""

@@ -11,8 +11,6 @@ it when it has grown. Of an embedding, few rows of which were read, that is most
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,6 @@ LEAST = 1e-3    # of the chunk's largest magnitude
 class Int8(Codec):
     """1 byte a value and 4 for every 256."""
 
-    on_gpus: ClassVar[bool] = True
 
     def chunk_size(self, count: int) -> int:
         """As Codec."""

@@ -29,17 +29,17 @@ class Onebit(Codec):
         blocks = _blocks(values)
         above = blocks > 0
         num_above = above.sum(1)
-        num_below = torch.clamp(_lengths(values.numel()) - num_above, min=1)
+        num_below = torch.clamp(_lengths(values.numel(), values.device) - num_above, min=1)
         positive = blocks.clamp(min=0).sum(1)
         means[:, 0] = positive / num_above.clamp(min=1)
         means[:, 1] = (blocks.sum(1) - positive) / num_below
-        packed = np.packbits(above.view(-1)[:values.numel()].numpy())
-        signs.numpy()[:packed.size] = packed
+        packed = pack(above.view(-1))[:-(-values.numel() // 8)]
+        signs[:len(packed)] = packed
 
     def decode_chunk(self, data: Tensor, values: Tensor) -> None:
         """As Codec."""
         means, signs = _split(data, values.numel())
-        above = _blocks(torch.from_numpy(np.unpackbits(signs.numpy(), count=values.numel())))
+        above = _blocks(unpack(signs)[:values.numel()])
         step = means[:, :1] - means[:, 1:]
         values.copy_(torch.mul(above, step).add_(means[:, 1:]).view(-1)[:values.numel()])
 
@@ -55,7 +55,31 @@ def _blocks(values: Tensor) -> Tensor:
     return (torch.cat((values, values.new_zeros(missing))) if missing else values).view(-1, BLOCK)
 
 
-def _lengths(count: int) -> Tensor:
+def _lengths(count: int, device: torch.device) -> Tensor:
     """Values of every block."""
     blocks = -(-count // BLOCK)
-    return torch.tensor([BLOCK] * (blocks - 1) + [count - (blocks - 1) * BLOCK])
+    return torch.tensor([BLOCK] * (blocks - 1) + [count - (blocks - 1) * BLOCK], device=device)
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Booleans, a multiple of 8, as bytes, the first in the highest place. NumPy is the quickest where it can."""
+    return torch.from_numpy(np.packbits(bits.numpy())) if bits.device.type == "cpu" else pack_anywhere(bits)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse: 0 and 1, uint8."""
+    return torch.from_numpy(np.unpackbits(packed.numpy())) if packed.device.type == "cpu" else unpack_anywhere(packed)
+
+
+def pack_anywhere(bits: Tensor) -> Tensor:
+    """As `pack`, on any device."""
+    return (bits.view(-1, 8).to(torch.uint8) << _places(bits)).sum(1, dtype=torch.uint8)
+
+
+def unpack_anywhere(packed: Tensor) -> Tensor:
+    """As `unpack`, on any device."""
+    return (packed[:, None] >> _places(packed) & 1).view(-1)
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=like.device)

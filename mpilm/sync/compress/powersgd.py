@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpilm import bridge
 from mpilm.comm.collectives import Collective
+from mpilm.comm.devices import Array
 from mpilm.sync._layout import Layout, Member
 from mpilm.sync.compress._base import Way
 
@@ -37,7 +39,7 @@ class Powersgd(Way):
     def __init__(self, *, rank: int) -> None:
         self.rank = rank
 
-    def over(self, collective: Collective, layout: Layout) -> Callable[[np.ndarray], None]:
+    def over(self, collective: Collective, layout: Layout) -> Callable[[Array], None]:
         """As Way."""
         return Factors(collective, layout, rank=self.rank).reduce
 
@@ -53,19 +55,20 @@ class Factors:
         self.collective, self.rank = collective, rank
         self.matrices = [member for member in layout.members if smaller(member, rank)]
         self.others = [member for member in layout.members if not smaller(member, rank)]
-        self.lost = torch.zeros(layout.count)
+        self.lost = torch.zeros(layout.count, device=collective.device.torch)
         rows, columns = sum(m.rows for m in self.matrices), sum(m.count // m.rows for m in self.matrices)
         self._first = collective.allocate(rank * rows + sum(m.count for m in self.others), np.float32)
         self._second = collective.allocate(rank * columns, np.float32)
         self.left = _rows(self._first, [m.rows for m in self.matrices], rank)
         self.right = _rows(self._second, [m.count // m.rows for m in self.matrices], rank)
-        self.plain = torch.from_numpy(self._first[rank * rows:]).split([m.count for m in self.others])
+        plain = bridge.tensor(self._first[rank * rows:], torch.float32)
+        self.plain = plain.split([m.count for m in self.others])
         self.warm = [torch.empty_like(right) for right in self.right]
         self._forget()
 
-    def reduce(self, buffer: np.ndarray) -> None:
+    def reduce(self, buffer: Array) -> None:
         """Replace `buffer` by the sum over all ranks, as far as its factors tell it; the same bits on every rank."""
-        values = torch.from_numpy(buffer)
+        values = bridge.tensor(buffer, torch.float32)
         for member, left, warm in zip(self.matrices, self.left, self.warm, strict=True):
             matrix = _matrix(self.lost, member).add_(_matrix(values, member))
             torch.mm(warm, matrix.t(), out=left)
@@ -73,7 +76,9 @@ class Factors:
             plain.copy_(_run(values, member))
         self.collective.allreduce(self._first)
         for member, left, right in zip(self.matrices, self.left, self.right, strict=True):
-            orthonormalize(left.numpy())
+            rows = left.cpu()   # on a host it is `left` itself
+            orthonormalize(rows.numpy())
+            left.copy_(rows)
             matrix = _matrix(self.lost, member)
             torch.mm(left, matrix, out=right)
             matrix.addmm_(left.t(), right, alpha=-1)
@@ -98,7 +103,7 @@ class Factors:
         self.lost.zero_()
         random = torch.Generator().manual_seed(SEED)
         for warm in self.warm:
-            warm.normal_(generator=random)
+            warm.copy_(torch.empty(warm.shape).normal_(generator=random))
 
 
 def smaller(member: Member, rank: int) -> bool:
@@ -121,9 +126,10 @@ def orthonormalize(rows: np.ndarray) -> None:
         row *= 0 if after <= NOTHING**2 * before else 1 / np.sqrt(after)
 
 
-def _rows(buffer: np.ndarray, lengths: list[int], rank: int) -> list[Tensor]:
+def _rows(buffer: Array, lengths: list[int], rank: int) -> list[Tensor]:
     """[rank, length] for every length, one after the other."""
-    parts = torch.from_numpy(buffer[:rank * sum(lengths)]).split([rank * length for length in lengths])
+    whole = bridge.tensor(buffer[:rank * sum(lengths)], torch.float32)
+    parts = whole.split([rank * length for length in lengths])
     return [part.view(rank, -1) for part in parts]
 
 
