@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
@@ -14,8 +15,9 @@ from mpi4py import MPI
 from mpilm import assemble
 from mpilm.comm.transport import Staged, Transport
 from mpilm.launch import session
+from mpilm.sync import compress
 from tests.comm import places
-from tests.helpers import everywhere
+from tests.helpers import everywhere, same_everywhere
 from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, divisible, parallel, sharded
 
 pytestmark = pytest.mark.gpu
@@ -107,6 +109,15 @@ def test_replicas_that_train_by_themselves_are_near_a_host(
     found, expected = train(config, transport, "fp32", together=True), parallel(config)
     numbers = zip(found[0] + found[1], expected[0] + expected[1], strict=True)
     everywhere(comm, all(abs(a / b - 1) < NEAR for a, b in numbers), f"{found[:2]}, not {expected[:2]}")
+
+
+@pytest.mark.parametrize("code", [name for name in compress.names() if name != "none"])
+def test_codes_lose_what_they_lose_on_a_host(code: str, transport: Transport, comm: MPI.Comm) -> None:
+    config = configuration("ring", reproducible=False)
+    config.sync.compress = code
+    found, expected = train(config, transport, "fp32", together=True), parallel(config)
+    same_everywhere(comm, np.array(found[:2]))
+    everywhere(comm, np.allclose(found[0], expected[0], rtol=10 * NEAR), f"{found[0]}, not {expected[0]}")
 
 
 @pytest.mark.serial
