@@ -174,7 +174,9 @@ def test_only_training_plays_them(tapes, comm):
         everywhere(comm, not any(tape.played for tape in tapes))
         everywhere(comm, np.allclose(core.pipeline.run(batch), evaluated, rtol=1e-6))
         everywhere(comm, all(tape.played == len(batch.inputs) for tape in tapes))
+        core.sync.step(core.update)
         shorter = batch._replace(inputs=batch.inputs[..., :-2], targets=batch.targets[..., :-2])
         core.pipeline.run(shorter)
+        core.sync.step(core.update)     # nothing is under way any more
         everywhere(comm, all(tape.played == len(batch.inputs) for tape in tapes))
         world.comm.Barrier()
