@@ -45,7 +45,8 @@ def split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arit
     built, problem = [], None
     try:
         built.append(exchange.build(config.sync.collective, mesh.tp, rows=rows, width=shape.width,
-                                    dtype=decision.dtype, reproducible=decision.reproducible, transport=transport))
+                                    dtype=decision.dtype, reproducible=decision.reproducible, transport=transport,
+                                    never=_never(mesh, transport)))
     except UserError as error:
         problem = error
     agree(mesh.comm, problem)       # teams may be on different nodes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from mpilm import assemble
 from mpilm.comm.transport import Transport
 from mpilm.config import Config
@@ -21,7 +19,3 @@ def on(transport: Transport, config: Config, precision: str = "fp32") -> tuple[l
         core.sync.runs(core.mesh.replicas.rank, core.mesh.replicas.size)
         world.comm.Barrier()
         return found
-
-
-def same(one: tuple[list, list, dict], other: tuple[list, list, dict]) -> bool:
-    return one[:2] == other[:2] and all(torch.equal(one[2][name], value) for name, value in other[2].items())

@@ -14,9 +14,9 @@ from mpi4py import MPI
 from mpilm.comm.devices import HOST
 from mpilm.comm.transport import Direct, Staged
 from tests.comm.late import Late
-from tests.device_cases import on, same
+from tests.device_cases import on
 from tests.helpers import everywhere
-from tests.training_cases import alone, apart, configuration, divisible, parallel
+from tests.training_cases import alone, apart, configuration, divisible, parallel, same
 
 pytestmark = pytest.mark.usefixtures("backward_apart")
 ROUNDING = {"fp32": 1e-6, "bf16": 0.02}     # relative

@@ -22,9 +22,9 @@ from mpilm.log import UserError
 from mpilm.sync import compress
 from tests import server_cases
 from tests.comm.late import Late
-from tests.device_cases import on, same
+from tests.device_cases import on
 from tests.helpers import everywhere
-from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, parallel, sharded
+from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, parallel, same, sharded
 
 serial = pytest.mark.serial
 WAYS = {"allreduce": configuration, "level 1": lambda name: sharded(name, 1)}

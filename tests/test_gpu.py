@@ -18,7 +18,7 @@ from mpilm.launch import session
 from mpilm.sync import compress
 from tests.comm import places
 from tests.helpers import everywhere, same_everywhere
-from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, divisible, parallel, sharded
+from tests.training_cases import VOCAB, alone, arithmetic, configuration, course, divisible, parallel, same, sharded
 
 pytestmark = pytest.mark.gpu
 Found = tuple[list, list, dict]
@@ -43,10 +43,6 @@ def train(config: Any, transport: Transport, precision: str, *, together: bool) 
         core = assemble.build(config, world, shape, arithmetic(config, precision), transport=transport)
         assemble.restore(core, shape, config, None)
         return course(core, config)
-
-
-def same(one: Found, other: Found) -> bool:
-    return one[:2] == other[:2] and all(torch.equal(one[2][name], value) for name, value in other[2].items())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from mpilm import assemble
 from mpilm.arithmetic import Arithmetic
@@ -47,7 +48,7 @@ def apart(found, expected):
 
 def same(one, other):
     """All bits that both hold."""
-    return one[:2] == other[:2] and all(bool((one[2][name] == value).all()) for name, value in other[2].items())
+    return one[:2] == other[:2] and all(torch.equal(one[2][name], value) for name, value in other[2].items())
 
 
 def sharded(collective, level, **options):

@@ -10,7 +10,7 @@ return tensors of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +28,6 @@ from mpilm.model.online import exact_dtype
 
 TURNS = 2
 FLOAT_BYTES = 4
-NEVER = ("nccl",)   # beside sums of gradients by NCCL, in another order on every rank: each may wait for the other
 
 
 class Exchange(Protocol):
@@ -48,7 +47,7 @@ class Exchange(Protocol):
 
 
 def build(name: str, comm: MPI.Comm, *, rows: int, width: int, dtype: torch.dtype, reproducible: bool = False,
-          transport: Transport = ON_HOST) -> Exchange:
+          transport: Transport = ON_HOST, never: Collection[str] = ()) -> Exchange:
     """An exchange by the collective of that name. Collective over `comm`.
 
     Args:
@@ -57,6 +56,7 @@ def build(name: str, comm: MPI.Comm, *, rows: int, width: int, dtype: torch.dtyp
         rows: Tokens of a micro-batch at most, over all ranks.
         width: Elements of a token's activations, which are of `dtype`.
         transport: Of the device that computes.
+        never: What "auto" must not pick.
 
     Raises:
         UserError: It cannot work here. SharedMemoryError is one.
@@ -68,7 +68,7 @@ def build(name: str, comm: MPI.Comm, *, rows: int, width: int, dtype: torch.dtyp
     if by_memory and node.room() > shared_bytes:
         return Memory(node, nbytes)
     return Messages(choose.build(name, comm, node, count=nbytes // FLOAT_BYTES, reproducible=reproducible,
-                                 shared_bytes=shared_bytes, transport=transport, never=NEVER), node)
+                                 shared_bytes=shared_bytes, transport=transport, never=never), node)
 
 
 class Memory:

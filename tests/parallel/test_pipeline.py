@@ -13,7 +13,7 @@ from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.parallel import schedules
 from tests.helpers import everywhere
-from tests.training_cases import VOCAB, alone, configuration, parallel
+from tests.training_cases import VOCAB, alone, configuration, parallel, same
 
 every_schedule = pytest.mark.parametrize("name", sorted(schedules.MENU))
 
@@ -26,11 +26,6 @@ def layouts(comm):
 def options(name, pp):
     """As many chunks as the model has pieces for."""
     return {"pp": pp, "schedule": name, "chunks": 4 // pp}
-
-
-def same(one, other):
-    """Losses and norms equal, and so are all parameters that `other` holds."""
-    return one[:2] == other[:2] and all(torch.equal(one[2][name], value) for name, value in other[2].items())
 
 
 @every_schedule

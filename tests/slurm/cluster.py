@@ -143,11 +143,11 @@ class Cluster:
             daemon.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(timeout=5)
-        helpers.kill(self._ours())
+        helpers.kill(self.processes())
         for daemon in self.daemons.values():
             daemon.wait(timeout=5)
 
-    def _ours(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Processes that have this cluster's configuration in their environment: daemons, and what they started."""
         mark, found = f"SLURM_CONF={self.directory}/".encode(), []
         for entry in Path("/proc").glob("[0-9]*"):

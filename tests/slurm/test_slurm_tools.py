@@ -39,17 +39,17 @@ def test_mpirun_goes_on_when_a_rank_is_killed(submit, site, tmp_path):
         pytest.skip("MPICH's mpirun ends a job when a rank is killed")
     job = submit("train_one_node", site="openmpi_mpirun", **{"run.steps": 300})
     job.until(lambda: steps(tmp_path / "run") > 5)
-    os.kill(rank(1, job.id), signal.SIGKILL)
+    os.kill(rank(1, job), signal.SIGKILL)
     assert job.ends() == ("COMPLETED", 0), job.words
     assert "went on after" in job.words
     assert weights(tmp_path / "run").startswith("300 ")
 
 
 def rank(number, job):
-    """Process id of a rank that mpirun started in this job."""
-    wanted = {f"OMPI_COMM_WORLD_RANK={number}".encode(), f"SLURM_JOB_ID={job}".encode()}   # of one cluster in all tests
-    for entry in Path("/proc").glob("[0-9]*"):
+    """Process id of a rank that mpirun started in this job; another cluster may have one of the same number."""
+    wanted = {f"OMPI_COMM_WORLD_RANK={number}".encode(), f"SLURM_JOB_ID={job.id}".encode()}
+    for pid in job.cluster.processes():
         with contextlib.suppress(OSError):
-            if wanted <= set((entry / "environ").read_bytes().split(b"\0")):
-                return int(entry.name)
+            if wanted <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
+                return pid
     raise AssertionError(f"no rank {number}")
