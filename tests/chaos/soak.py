@@ -25,10 +25,10 @@ class Held:
     mib: float
     files: int
     threads: int
-    shared: int
+    shared: int     # files that it has mapped and shares; those of /dev/shm are of all jobs of the host
 
     def __str__(self) -> str:
-        return f"{self.mib:.0f} MiB, {self.files} files, {self.threads} threads, {self.shared} blocks in /dev/shm"
+        return f"{self.mib:.0f} MiB, {self.files} files, {self.threads} threads, {self.shared} shared blocks"
 
 
 def soak(kills: int, draw: random.Random, data: Path, folder: Path, *, every_s: float = PAUSE_S) -> Iterator[Trial]:
@@ -62,5 +62,7 @@ def soak(kills: int, draw: random.Random, data: Path, folder: Path, *, every_s: 
 def held(pid: int) -> Held:
     """Of a process of this host."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    maps = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    shared = {(device, inode) for _, access, _, device, inode, *_ in maps if access.endswith("s")}
     return Held(int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]),
-                len(os.listdir("/dev/shm")))
+                len(shared))
