@@ -207,11 +207,12 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     parts = [GPT(shape, units, context, split)
              for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     products.use(decision.precision, parts)
-    update = Update(config.optim, config.run.steps)
+    update, divisor = Update(config.optim, config.run.steps), sum(map(len, runs)) * cp
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype,
                                roles=roles, transport=transport)
     for part in parts:
         part.recompute, part.around = parallel.recompute, synchronizer.around
+        part.expect(divisor)
     if decision.compile:
         for part in parts:
             part.compile_parts()
@@ -219,7 +220,7 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
         for part in parts:
             part.record(config.data.micro_batch_size, config.data.sequence_length, documents=config.data.mask_documents)
     stages = Pipeline(parts, synchronizer, mesh.pp, schedules.get(parallel.schedule),
-                      num_slots=sum(map(len, runs)) * cp, dtype=decision.dtype, transport=transport)
+                      num_slots=divisor, dtype=decision.dtype, transport=transport)
     return Core(mesh, slots, parts, synchronizer, stages, Losses(together, runs, mesh.pp), update)
 
 

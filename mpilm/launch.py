@@ -144,7 +144,7 @@ def command(main: Callable[[], None]) -> None:
 
 
 @contextmanager
-def session(*, run_dir: str | Path | None = None, device: str = "host") -> Iterator[World]:
+def session(*, run_dir: str | Path | None = None, device: str = "host", tune: bool = True) -> Iterator[World]:
     """Start MPI, find this rank's place, and end the job together. Collective over all ranks.
 
     With a `run_dir`, rank 0 also writes what it says to log.txt there and prints the placement table. Inside a program
@@ -153,6 +153,7 @@ def session(*, run_dir: str | Path | None = None, device: str = "host") -> Itera
     Args:
         run_dir: The run directory; made where it is missing.
         device: Whether to choose a GPU by local rank, as `run.device`.
+        tune: Whether to start under our settings for malloc; a benchmark may want the usual ones.
 
     Raises:
         SystemExit: With code 2 on every rank after a UserError.
@@ -169,7 +170,8 @@ def session(*, run_dir: str | Path | None = None, device: str = "host") -> Itera
             raise
         world.free()
         return
-    startup.tune_malloc()
+    if tune:
+        startup.tune_malloc()
     startup.allow_open_files()
     launcher = placement.launcher(os.environ)
     chosen = startup.choose_gpu((launcher and launcher.local_rank) or 0, device)

@@ -9,7 +9,7 @@ import pkgutil
 from types import ModuleType
 
 from mpilm import bench
-from mpilm.bench._options import DEVICES, OPTIONS
+from mpilm.bench._options import DEVICES, OPTIONS, STOCK_MALLOC
 from mpilm.bench.table import Table
 from mpilm.launch import command, session
 from mpilm.log import UserError, say
@@ -48,7 +48,7 @@ def main() -> None:
     """Parse the command line, run one benchmark on all ranks, print on rank 0."""
     own = vars(_parser().parse_args())
     name, as_json = own.pop("name"), own.pop("json")
-    with session(device=DEVICES.get(name, "host")) as world:
+    with session(device=DEVICES.get(name, "host"), tune=name not in STOCK_MALLOC) as world:
         module = get(name)
         if name in DEVICES:
             own["device"] = world.device

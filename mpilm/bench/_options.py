@@ -112,3 +112,4 @@ def _positive(text: str) -> int:
 OPTIONS = {"train": train, "pipeline": pipeline, "sharded": sharded, "tensor": tensor, "memory": memory,
            "server": server, "compress": compress, "quality": quality, "slow": slow, "gpu": gpu}
 DEVICES = {"gpu": "cuda"}   # of the session; the others measure CPUs
+STOCK_MALLOC = {"allreduce"}    # starts as any process does, and changes it later

@@ -127,6 +127,11 @@ class GPT(nn.Module):
             kept = self._places = Places.of(length, None, self.shape, inputs.device, context)
         return kept
 
+    def expect(self, divisor: int) -> None:
+        """The loss will be divided by so much before its backward pass begins."""
+        if self.last:
+            self.lm_head.divisor = divisor
+
     def compile_parts(self) -> None:
         """Compile what is worth it, on the first call: one block's code serves all blocks, and gradients of a block
         are there as soon as its own backward pass is done."""

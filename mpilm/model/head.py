@@ -2,7 +2,8 @@
 
 The gradient of a cross-entropy is known as soon as the logits are: softmax minus one-hot. So the loss computes it in
 place of the logits and multiplies at once with weights and inputs; no logits are kept, in float32 least of all, and a
-long vocabulary is gone through in chunks of rows. The backward pass has only to scale.
+long vocabulary is gone through in chunks of rows. Where it is known what the loss will be divided by, the gradient is
+too, and nothing is left for the backward pass to do.
 
     rows -> logits (bf16) -> softmax - one-hot, in place -> d_rows, d_weight
 """
@@ -24,7 +25,13 @@ GPU_CHUNK = 1 << 28     # 512 MiB; products of fewer rows leave most of a GPU id
 
 class Head(nn.Linear):
     """Rows [..., C] -> logits [..., V], or the mean loss (nats, float32 scalar) against targets [...]; of a vocabulary
-    that ranks share, logits are those of my part of it."""
+    that ranks share, logits are those of my part of it.
+
+    Attributes:
+        divisor: What the loss is divided by before its backward pass begins, if the caller knows.
+    """
+
+    divisor = 1
 
     def __init__(self, width: int, vocab_size: int, split: Alone = ALONE) -> None:
         super().__init__(width, split.of(vocab_size), bias=False)
@@ -39,7 +46,7 @@ class Head(nn.Linear):
         """Mean loss. In evaluation mode, or without gradients, nothing is computed for a backward pass."""
         x, targets = self.split.gather(x).flatten(0, -2), targets.flatten()
         if self.training and torch.is_grad_enabled():
-            loss: Tensor = _Loss.apply(x, self.weight, targets, self.softmax)
+            loss: Tensor = _Loss.apply(x, self.weight, targets, self.softmax, self.divisor)
             return loss
         parts = [self.softmax.surprise(F.linear(rows, self.weight), goals)
                  for rows, goals in _chunks(x, targets, self.out_features)]
@@ -48,21 +55,24 @@ class Head(nn.Linear):
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softmax: Softmax) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softmax: Softmax, divisor: int) -> Tensor:
         dx, dweight, losses = [], None, []
         for rows, goals in _chunks(x, targets, len(weight)):
-            surprises, gradient = softmax.gradient(rows @ weight.t(), goals, len(x))
+            surprises, gradient = softmax.gradient(rows @ weight.t(), goals, len(x) * divisor)
             losses.append(surprises.sum())
             dx.append(gradient @ weight)
             dweight = gradient.t() @ rows if dweight is None else dweight.addmm_(gradient.t(), rows)
+        ctx.divisor = divisor
         ctx.save_for_backward(torch.cat(dx) if len(dx) > 1 else dx[0], dweight)
         return torch.stack(losses).sum() / len(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        scale = gradients[0]
-        return dx * scale, dweight * scale, None, None
+        scale = gradients[0] * ctx.divisor
+        if scale.device.type == "cpu" and scale == 1:   # a GPU would have to be waited for, to know
+            return dx, dweight, None, None, None
+        return dx * scale, dweight * scale, None, None, None
 
 
 def _chunks(x: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
