@@ -14,6 +14,7 @@ from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.log import UserError
 
 DTYPES = ("float32", "float64", "int64")
+DRAWN = 250_007     # values that differ; a longer buffer has them again and again
 
 
 def build(name: str, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
@@ -29,18 +30,22 @@ def build(name: str, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
 def values(rank: int, count: int, dtype: str, seed: int = 0) -> np.ndarray:
     """What `rank` contributes: random, of very different sizes, so that the order of a sum shows in its last bits.
     Read-only."""
-    random = np.random.default_rng([rank, count, seed])
-    drawn = random.integers(-(2**40), 2**40, count)
+    random, number = np.random.default_rng([rank, count, seed]), min(count, DRAWN)
+    drawn = random.integers(-(2**40), 2**40, number)
     if dtype != "int64":
-        drawn = (random.normal(size=count) * 10.0 ** (drawn % 7 - 3)).astype(dtype)
+        drawn = (random.normal(size=number) * 10.0 ** (drawn % 7 - 3)).astype(dtype)
+    drawn = np.resize(drawn, count)
     drawn.setflags(write=False)
     return drawn
 
 
-def expected(size: int, count: int, dtype: str, seed: int = 0) -> np.ndarray:
-    """The sum over ranks, in float64 (integers exactly)."""
+def expected(size: int, count: int, dtype: str, seed: int = 0, *, part: slice = slice(None)) -> np.ndarray:
+    """`part` of the sum over ranks, in float64 (integers exactly)."""
     wide = np.int64 if dtype == "int64" else np.float64
-    return sum((values(rank, count, dtype, seed).astype(wide) for rank in range(size)), np.zeros(count, wide))
+    total = np.zeros(count, wide)[part]
+    for rank in range(size):
+        total += values(rank, count, dtype, seed)[part]
+    return total
 
 
 def in_tree_order(size: int, count: int, dtype: str, seed: int = 0) -> np.ndarray:

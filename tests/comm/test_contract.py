@@ -70,7 +70,7 @@ def test_reduce_leaves_the_sum_with_its_owners(collective: Collective, count: in
     buffer[:] = cases.values(comm.rank, count, dtype)
     collective.reduce(buffer)
     own = order.segments(count, collective.owners.size)[collective.owners.rank]
-    wanted = cases.expected(comm.size, count, dtype)[own]
+    wanted = cases.expected(comm.size, count, dtype, part=own)
     everywhere(comm, cases.close(fetch(buffer[own]), wanted, comm.size), "my segment")
 
 
@@ -89,7 +89,7 @@ def test_reduce_scatter_leaves_everyone_a_segment(
     buffer[:] = cases.values(comm.rank, count, dtype)
     collective.reduce_scatter(buffer)
     own = order.segments(count, comm.size)[comm.rank]
-    wanted = cases.expected(comm.size, count, dtype)[own]
+    wanted = cases.expected(comm.size, count, dtype, part=own)
     everywhere(comm, cases.close(fetch(buffer[own]), wanted, comm.size), "my segment")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from mpilm.startup import MALLOC
 from tests.helpers import REPOSITORY, Result
 
 # More ranks than cores: whoever waits inside MPI should let the others run.
@@ -88,6 +89,6 @@ def test_more_ranks(run_mpi: Callable[..., Result], size: int, ranks_per_node: i
 @pytest.mark.serial
 @pytest.mark.slow
 def test_beyond_two_to_the_31_bytes(run_mpi: Callable[..., Result]) -> None:
-    result = run_mpi(2, ["-c", LARGE], cwd=REPOSITORY, timeout=300)
+    result = run_mpi(2, ["-c", LARGE], cwd=REPOSITORY, timeout=300, env={"GLIBC_TUNABLES": MALLOC})
     assert result.rc == 0, result.stderr
     assert result.stdout.count("summed") == 2
