@@ -62,7 +62,7 @@ FILES = pytest.StashKey[dict[Path, bool]]()     # whether this run has taken the
 
 # Every rank must draw the same examples; a slow rank must not make one of them fail alone.
 hypothesis.settings.register_profile(
-    "mpilm", derandomize=True, deadline=None, database=None, max_examples=40 if WORLD.size <= 2 else 20,
+    "mpilm", derandomize=True, deadline=None, database=None, max_examples=40 if WORLD.size <= 2 else 12,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture])
 hypothesis.settings.load_profile("mpilm")
 

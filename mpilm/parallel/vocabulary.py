@@ -36,7 +36,8 @@ class Softmax(softmax.Softmax):
         mine, hits = self._hits(goals)
         over, hit = self._everywhere(logits, mine, hits)
         gradient, surprises = self.weights(logits, over, 1 / number), over - hit
-        gradient[mine, hits[mine]] = (torch.expm1(-surprises[mine]) / number).to(gradient.dtype)
+        at_hits = (torch.expm1(-surprises) / number).to(gradient.dtype)
+        gradient[hits] = torch.where(mine, at_hits, gradient[hits])
         return surprises, gradient
 
     @torch.no_grad()    # though its caller may record a graph, to run the very code that training compiled
@@ -45,16 +46,18 @@ class Softmax(softmax.Softmax):
         over, hit = self._everywhere(logits, *self._hits(goals))
         return (over - hit).sum()
 
-    def _hits(self, goals: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows whose right word is mine, which of my words that would be for every row)."""
-        at = goals - self.exchange.rank * self.count
-        return ((at >= 0) & (at < self.count)).nonzero()[:, 0], at
+    def _hits(self, goals: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(whether each row's right word is mine, its place [row, word] among mine, or any of that row's places).
 
-    def _everywhere(self, logits: Tensor, mine: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+        How many are mine is not asked: a GPU would have to be waited for.
+        """
+        at = goals - self.exchange.rank * self.count
+        return (at >= 0) & (at < self.count), (torch.arange(len(at), device=at.device), at.clamp(0, self.count - 1))
+
+    def _everywhere(self, logits: Tensor, mine: Tensor, hits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(log of the sum of exponentials over all words, logit of the right word), float32 [rows], on every rank."""
         over = self.sums(logits)
-        hit = torch.zeros_like(over)
-        hit[mine] = wide(logits[mine, hits[mine]])
+        hit = torch.where(mine, wide(logits[hits]), 0.0)
         everyone = self.exchange.gather(torch.stack((over, hit))[None], 0)
         return everyone[:, 0].logsumexp(0), total(everyone[:, 1].unbind())
 
