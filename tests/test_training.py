@@ -17,7 +17,16 @@ from mpilm.log import UserError
 from mpilm.model.gpt import GPT
 from mpilm.optim import learning_rate
 from tests.helpers import everywhere
-from tests.training_cases import LENGTH, SEQUENCES, STEPS, VOCAB, configuration, parallel, windows
+from tests.training_cases import LENGTH, SEQUENCES, STEPS, VOCAB, build, configuration, parallel, windows
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_the_head_knows_what_its_loss_is_divided_by(reproducible):
+    """So that no gradient is gone over once more to divide it."""
+    with session() as world:
+        core = build(configuration(reproducible=reproducible), world)
+        told = [part.lm_head.divisor for part in core.parts]
+        everywhere(world.comm, told == [core.pipeline.num_slots] and told != [1], str(told))
 
 
 def plain(config):

@@ -69,9 +69,10 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        scale = gradients[0] * ctx.divisor
-        if scale.device.type == "cpu" and scale == 1:   # a GPU would have to be waited for, to know
+        given = gradients[0]
+        if given.device.type == "cpu" and given == 1 / ctx.divisor:     # a GPU would have to be waited for, to know
             return dx, dweight, None, None, None
+        scale = given * ctx.divisor
         return dx * scale, dweight * scale, None, None, None
 
 

@@ -41,6 +41,17 @@ def test_whatever_it_is_told_the_gradient_is_that_of_the_loss(divisor, told):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-7)
 
 
+def test_what_is_divided_already_is_not_gone_over_again():
+    """The gradient of the weights is what was computed with the loss; also for divisors that floats do not have."""
+    for divisor in range(1, 257):
+        head = Head(WIDTH, VOCAB)
+        head.divisor = divisor
+        loss = head.loss(torch.randn(ROWS, WIDTH), torch.zeros(ROWS, dtype=torch.int64))
+        computed = loss.grad_fn.saved_tensors[1].data_ptr()
+        (loss / divisor).backward()
+        assert head.weight.grad.data_ptr() == computed, divisor
+
+
 def test_a_second_backward_pass_adds_the_same():
     """What the graph keeps is not what a parameter's gradient is added to."""
     for twice, once in zip(gradients(2, told=2, dtype=torch.float32, passes=2),

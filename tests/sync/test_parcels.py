@@ -71,7 +71,7 @@ def test_packing_changes_no_bit(packs, comm: MPI.Comm):
 def test_a_slow_line_is_noticed(comm: MPI.Comm):
     """What all ranks agree on."""
     exchange = Exchange(compress.get("int8")(), comm, 200_000)
-    with emulated(Line(mbit_s=15)):
+    with emulated(Line(mbit_s=8)):
         for step in range(8):
             exchange.reduce(gradient(comm, step))
     everywhere(comm, exchange.quicker.next(), "packed")
