@@ -11,7 +11,6 @@ from mpilm.sync.compress._base import Codec
 class Bf16(Codec):
     """2 bytes a value."""
 
-
     def chunk_size(self, count: int) -> int:
         """As Codec."""
         return 2 * count

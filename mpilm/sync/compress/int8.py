@@ -24,7 +24,6 @@ LEAST = 1e-3    # of the chunk's largest magnitude
 class Int8(Codec):
     """1 byte a value and 4 for every 256."""
 
-
     def chunk_size(self, count: int) -> int:
         """As Codec."""
         # Levels are padded to a multiple of 4, so that the next chunk's scales begin where a float32 may.
