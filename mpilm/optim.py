@@ -15,7 +15,7 @@ import math
 from typing import ClassVar
 
 import torch
-from torch.optim.adamw import adamw
+from torch import Tensor
 
 from mpilm.config import Optim
 from mpilm.flat import Flat
@@ -79,22 +79,22 @@ class Update:
 
     def apply(self, flat: Flat, scale: float) -> None:
         """One AdamW update of a run of flat memory; its gradients are used up."""
-        length = CHUNK if flat.masters.device.type == "cpu" else max(1, flat.masters.numel())
-        for start in range(0, flat.masters.numel(), length):
-            self._apply_chunk(flat, slice(start, start + length), scale)
+        device = flat.masters.device
+        length = CHUNK if device.type == "cpu" else max(1, flat.masters.numel())
+        number, divisor = (torch.full((), value, dtype=torch.float32, device=device)    # nothing is waited for
+                           for value in (self.applied, 1.0 / scale))
+        whole = (flat.masters, flat.weights, flat.gradients, *flat.states)
+        for masters, weights, gradients, m, v in zip(*(array.split(length) for array in whole), strict=True):
+            self._apply_chunk(masters, gradients, m, v, number, divisor, decay=flat.decay)
+            if weights.data_ptr() != masters.data_ptr():
+                weights.copy_(masters)
 
-    def _apply_chunk(self, flat: Flat, part: slice, scale: float) -> None:
-        masters = flat.masters[part]
-
-        def scalar(value: float) -> torch.Tensor:
-            return torch.full((), value, dtype=torch.float32, device=masters.device)    # nothing is waited for
-
-        adamw([masters], [flat.gradients[part]], [flat.states[0][part]], [flat.states[1][part]], [],
-              [scalar(self.applied - 1)], fused=True, amsgrad=False, maximize=False,
-              grad_scale=scalar(1.0 / scale), lr=self.lr, beta1=self.optim.beta1, beta2=self.optim.beta2,
-              eps=self.optim.eps, weight_decay=self.optim.weight_decay if flat.decay else 0.0)
-        if flat.weights.data_ptr() != flat.masters.data_ptr():
-            flat.weights[part].copy_(masters)
+    def _apply_chunk(self, masters: Tensor, gradients: Tensor, m: Tensor, v: Tensor, number: Tensor, divisor: Tensor, *,
+                     decay: bool) -> None:
+        """What torch.optim.adamw.adamw(fused=True) calls, without what that does in Python for every chunk."""
+        torch._fused_adamw_([masters], [gradients], [m], [v], [], [number], amsgrad=False, maximize=False,
+                            grad_scale=divisor, lr=self.lr, beta1=self.optim.beta1, beta2=self.optim.beta2,
+                            eps=self.optim.eps, weight_decay=self.optim.weight_decay if decay else 0.0)
 
 
 class Sgd(Update):

@@ -128,9 +128,13 @@ class GPT(nn.Module):
         return kept
 
     def expect(self, divisor: int) -> None:
-        """The loss will be divided by so much before its backward pass begins."""
+        """A synchronizer takes the gradients, and knows sparse ones. The loss will be divided by so much before its
+        backward pass begins. Once weights are on their device."""
         if self.last:
             self.lm_head.divisor = divisor
+        if self.first:      # a GPU would add a token's rows in any order; a head's gradient is not sparse
+            table = self.embed_tokens.weight
+            self.embed_tokens.sparse = table.device.type == "cpu" and not self.shape.tied_embeddings
 
     def compile_parts(self) -> None:
         """Compile what is worth it, on the first call: one block's code serves all blocks, and gradients of a block

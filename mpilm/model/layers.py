@@ -53,14 +53,17 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 class Embedding(nn.Embedding):
-    """Tokens [B, T] -> their rows [B, T, C]; of ranks that share the layers, each has those of its tokens."""
+    """Tokens [B, T] -> their rows [B, T, C]; of ranks that share the layers, each has those of its tokens.
+
+    `sparse`, off at first, lets its gradient be a sparse tensor of the tokens' rows, not as long as the vocabulary.
+    """
 
     def __init__(self, vocab_size: int, width: int, split: Alone = ALONE) -> None:
         super().__init__(split.of(vocab_size), width)
         self.split = split
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.split.embed(tokens, self.weight)
+        return self.split.embed(tokens, self.weight, sparse=self.sparse)
 
 
 class RMSNorm(nn.Module):

@@ -42,9 +42,10 @@ class Alone:
         """`weight`, which everyone has and uses for its own tokens: its gradient is the sum of everyone's."""
         return weight
 
-    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """The rows of my tokens, [B, T / size, C], of all `tokens` [B, T]; mine of the table are [V / size, C]."""
-        return F.embedding(tokens, table)
+    def embed(self, tokens: Tensor, table: Tensor, *, sparse: bool) -> Tensor:
+        """The rows of my tokens, [B, T / size, C], of all `tokens` [B, T]; mine of the table are [V / size, C]. Its
+        gradient may be a sparse tensor."""
+        return F.embedding(tokens, table, sparse=sparse)
 
     def softmax(self, vocab_size: int) -> Softmax:
         """What the head makes of logits over my part of the vocabulary."""

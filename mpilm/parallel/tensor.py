@@ -68,11 +68,11 @@ class Team(Alone):
         y: Tensor = _Common.apply(weight, self.number)
         return y
 
-    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, table: Tensor, *, sparse: bool) -> Tensor:
         """As Alone."""
         at = tokens - self.rank * len(table)
         elsewhere = (at < 0) | (at >= len(table))
-        rows = F.embedding(at.masked_fill(elsewhere, 0), table)
+        rows = F.embedding(at.masked_fill(elsewhere, 0), table, sparse=sparse)
         return self.scatter(rows.masked_fill(elsewhere[..., None], 0))
 
     def softmax(self, vocab_size: int) -> Softmax:

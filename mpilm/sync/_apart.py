@@ -26,7 +26,7 @@ from mpilm.comm.devices import Array
 from mpilm.comm.order import BLOCK, segments
 from mpilm.sync._buckets import MASTERS, Bucket, Read, Run, runs_of
 from mpilm.sync._compressed import Compress
-from mpilm.sync._gradients import Reduce, Whole
+from mpilm.sync._gradients import Reduce, Whole, afterwards
 from mpilm.sync._layout import Layout
 from mpilm.sync._slots import Visit
 
@@ -74,7 +74,7 @@ class Apart(Bucket):
         self.squares = device.zeros(count // BLOCK, np.float64)
         self.difference = collective.allocate(count, np.float32)
         self.away = bridge.tensor(self.difference, torch.float32)
-        self.total = compress(layout, collective, collective.allreduce)
+        self.total = compress(layout, collective, afterwards(collective.allreduce))
         self.taken: Tensor | None = None    # the masters as they were when the difference was taken
 
     def take(self) -> None:

@@ -12,7 +12,7 @@ of everything. A `Shard` is one that is divided over all ranks: of masters and s
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 
 from mpilm import bridge
 from mpilm.comm.arrays import put
+from mpilm.comm.collectives import nothing_more
 from mpilm.comm.devices import HOST, Array, Device
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK, segments
@@ -73,18 +74,17 @@ class Segment:
 
     def __init__(self, layout: Layout, own: slice, repeated: Collection[str] = (), device: Device = HOST) -> None:
         self.layout, self.own, self.device = layout, own, device
-        left_out = {block for member, start, stop in layout.members_in(own) if member.name in repeated
-                    for block in range((start - own.start) // BLOCK, -(-(stop - own.start) // BLOCK))}
-        self.counted = [block not in left_out for block in range(-(-(own.stop - own.start) // BLOCK))]
+        self.left_out = [slice((start - own.start) // BLOCK, -(-(stop - own.start) // BLOCK))
+                         for member, start, stop in layout.members_in(own) if member.name in repeated]
 
-    def square(self, first: int, stop: int) -> None:
-        """Sums of squares of my gradients' blocks first .. stop-1."""
-        gradients, start = self.gradients.values, first
-        for counts, run in groupby(self.counted[first:stop]):
-            blocks = slice(start, start + len(list(run)))
-            start = blocks.stop
-            if counts:
-                self.device.squares(gradients[blocks.start * BLOCK:blocks.stop * BLOCK], self.squares[blocks])
+    def square(self, part: slice) -> None:
+        """Sums of squares of my gradients' blocks in a part of the bucket."""
+        part = slice(max(part.start, self.own.start) - self.own.start, min(part.stop, self.own.stop) - self.own.start)
+        if part.start < part.stop:
+            blocks = slice(part.start // BLOCK, part.stop // BLOCK)
+            self.device.squares(self.gradients.values[part], self.squares[blocks])
+            for run in self.left_out:
+                self.squares[max(run.start, blocks.start):min(run.stop, blocks.stop)] = 0
 
     def flats(self) -> Iterator[Flat]:
         """My segment, as the update takes it."""
@@ -144,13 +144,7 @@ class Bucket(Segment):
 
     def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
         """As Leaving."""
-        pass_on = self.gradients.depart(slot)
-
-        def work() -> None:
-            pass_on()
-            if last:
-                self.square(0, self.squares.size)
-        return work
+        return partial(self.gradients.depart(slot), self.square if last else nothing_more)
 
 
 class Replica(Bucket):

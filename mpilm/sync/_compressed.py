@@ -3,7 +3,7 @@
     compress = compressed(config.sync, update)
     compress = Compress()                                   # as float32
     compress = Compress(way, warmup=100, applied=lambda: update.applied)
-    reduce = compress(layout, collective, collective.allreduce)     # sums one buffer that is laid out so
+    reduce = compress(layout, collective, collective.reduce)     # sums one buffer that is laid out so
     reduce(buffer)
 
 For the first `warmup` updates, while gradients change direction quickly, they are float32. Residuals belong to a
@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from mpilm import menu
-from mpilm.comm.collectives import Collective
+from mpilm.comm.collectives import Collective, Then, nothing_more
+from mpilm.comm.devices import Array
 from mpilm.config import Sync
 from mpilm.flat import Update
 from mpilm.sync import compress as ways
-from mpilm.sync._gradients import Reduce
+from mpilm.sync._gradients import Reduce, afterwards
 from mpilm.sync._layout import Layout
 from mpilm.sync.compress import Codec, Way
 
@@ -42,10 +41,10 @@ class Compress:
         """
         if self.way is None:
             return plain
-        fewer = self.way.over(collective, layout)
+        compressed = afterwards(self.way.over(collective, layout))
 
-        def reduce(buffer: np.ndarray) -> None:
-            (fewer if self.begun else plain)(buffer)
+        def reduce(buffer: Array, then: Then = nothing_more) -> None:
+            (compressed if self.begun else plain)(buffer, then)
         return reduce
 
     @property

@@ -16,6 +16,7 @@ order the k-th slots of all ranks must be a subtree: they are dealt in turns (or
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,12 +24,21 @@ import numpy.typing as npt
 import torch
 
 from mpilm import bridge
+from mpilm.comm.collectives import Then, nothing_more
 from mpilm.comm.worker import Call, Inline, Worker
 from mpilm.sync._layout import Layout, Member
 from mpilm.sync._slots import Visit
 
 Allocate = Callable[[int, npt.DTypeLike], Any]
-Reduce = Callable[[Any], None]
+Reduce = Callable[[Any, Then], None]     # as a collective's `reduce`
+
+
+def afterwards(sum_up: Callable[[Any], None]) -> Reduce:
+    """sum_up(buffer), and then all that is of use of it at once."""
+    def reduce(buffer: Any, then: Then = nothing_more) -> None:
+        sum_up(buffer)
+        then(slice(0, len(buffer)))
+    return reduce
 
 
 class Summed(Protocol):
@@ -53,8 +63,9 @@ class Gradients(Summed, Protocol):
     def visit(self, member: Member, slot: int, gradient: torch.Tensor | None) -> None:
         """Take in one parameter's gradient of my slot number `slot`; None means zero."""
 
-    def depart(self, slot: int) -> Callable[[], None]:
-        """The gradients of `slot` are all there; returns what the communication thread has to do. Collective."""
+    def depart(self, slot: int) -> Callable[[Then], None]:
+        """The gradients of `slot` are all there; returns what the communication thread has to do, given what to do with
+        each part of my segment's sums when it is there. Collective."""
 
     def departed(self, slot: int, future: Call) -> None:
         """It will be done when `future` is."""
@@ -78,11 +89,11 @@ class Whole:
     def visit(self, member: Member, slot: int, gradient: torch.Tensor | None) -> None:
         """As Gradients."""
         run = slice(member.start, member.start + member.count)
-        count(self.buffers, run, self.visits[slot], None if gradient is None else gradient.reshape(-1))
+        count(self.buffers, run, self.visits[slot], gradient)
 
-    def depart(self, slot: int) -> Callable[[], None]:
+    def depart(self, slot: int) -> Callable[[Then], None]:
         """As Gradients; it is called for the last slot only."""
-        return lambda: self._reduce(self.reduced)
+        return partial(self._reduce, self.reduced)
 
     def departed(self, slot: int, future: Call) -> None:
         """As Gradients."""
@@ -126,11 +137,7 @@ class Passing:
         """As Gradients."""
         if slot not in self.places:
             self.places[slot] = self._take(slot)
-        into = bridge.tensor(self.places[slot][member.start:member.start + member.count], torch.float32)
-        if gradient is None:
-            into.zero_()
-        else:
-            into.copy_(gradient.reshape(-1))
+        _put(gradient, bridge.tensor(self.places[slot][member.start:member.start + member.count], torch.float32))
 
     def _take(self, slot: int) -> Any:
         """A place for a slot; gaps between members are zero. Memory of its own where the room is in use."""
@@ -143,13 +150,14 @@ class Passing:
             place[gap] = 0
         return place
 
-    def depart(self, slot: int) -> Callable[[], None]:
+    def depart(self, slot: int) -> Callable[[Then], None]:
         """As Gradients."""
         place = self.places.pop(slot)
 
-        def pass_on() -> None:
+        def pass_on(then: Then) -> None:
             self.collective.reduce_scatter(place)
             count(self.sums, slice(None), self.visits[slot], bridge.tensor(place[self.segment], torch.float32))
+            then(self.segment)
         return pass_on
 
     def departed(self, slot: int, future: Call) -> None:
@@ -163,11 +171,33 @@ def count(buffers: Sequence[torch.Tensor], run: slice, visit: Visit, gradient: t
     """One step of the binary counter, on `run` of all buffers; None means zero."""
     into = buffers[visit.into][run]
     if visit.fresh:
-        into.zero_() if gradient is None else into.copy_(gradient)
+        _put(gradient, into)
+    elif gradient is not None and gradient.is_sparse:
+        into.view(gradient.shape).index_add_(0, *_rows(gradient))
     elif gradient is not None:
-        into.add_(gradient)
+        into.add_(gradient.reshape(-1))
     for lower in range(visit.into - 1, visit.into - 1 - visit.folds, -1):
         buffers[lower][run].add_(buffers[lower + 1][run])
+
+
+def _put(gradient: torch.Tensor | None, into: torch.Tensor) -> None:
+    """Make `into`, 1-D, the gradient; None means zero."""
+    if gradient is None:
+        into.zero_()
+    elif gradient.is_sparse:
+        into.zero_().view(gradient.shape).index_copy_(0, *_rows(gradient))
+    else:
+        into.copy_(gradient.reshape(-1))
+
+
+def _rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(numbers of the rows of a sparse gradient, each once; float32 sums of what it has for each, in its order).
+
+    A slot is summed by itself before it is added to others: so a sum does not depend on which slots a rank has.
+    """
+    values = gradient._values()
+    rows, places = gradient._indices()[0].unique(return_inverse=True)
+    return rows, torch.zeros(len(rows), *values.shape[1:]).index_add_(0, places, values.float())
 
 
 def _buffers(visits: Sequence[Visit]) -> int:

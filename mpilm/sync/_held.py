@@ -93,7 +93,7 @@ class Held(Segment):
             run = slice(first * BLOCK, (first + TOGETHER) * BLOCK)
             for into, other in steps:
                 np.add(parts[into][run], parts[other][run], out=parts[into][run])
-            self.square(first, min(first + TOGETHER, self.squares.size))
+            self.square(slice(self.own.start + run.start, self.own.start + run.stop))
 
     def update(self, update: Update, scale: float | None) -> None:
         """Apply what was collected, once nobody reads the weights of before; nothing where `scale` is None."""

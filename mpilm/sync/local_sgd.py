@@ -41,7 +41,7 @@ from mpilm.flat import Update
 from mpilm.sync._apart import Apart, Outer
 from mpilm.sync._buckets import Read, Run
 from mpilm.sync._compressed import Compress
-from mpilm.sync._gradients import Reduce
+from mpilm.sync._gradients import Reduce, afterwards
 from mpilm.sync._layout import Layout, described, lay_out
 from mpilm.sync._slots import running_visits, tree_visits
 from mpilm.sync._synchronizer import Summing
@@ -90,9 +90,9 @@ class LocalSgd(Summing[Apart]):
     def _reduce(self, layout: Layout, collective: Any, compress: Compress) -> Reduce:
         """Sums gradients where the step in hand is not a local one. `applied` changes only when all this is done."""
         if not self.local_after:
-            return lambda buffer: None
-        reduce = compress(layout, collective, collective.allreduce)
-        return lambda buffer: None if self._local() else reduce(buffer)
+            return afterwards(lambda buffer: None)
+        reduce = compress(layout, collective, afterwards(collective.allreduce))
+        return lambda buffer, then: then(slice(0, len(buffer))) if self._local() else reduce(buffer, then)
 
     def _local(self) -> bool:
         """Whether the next update is a local one."""

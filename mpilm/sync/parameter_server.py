@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from mpi4py import MPI
 
 from mpilm import bridge
 from mpilm.comm import arrays, order, p2p
+from mpilm.comm.collectives import Then, nothing_more
 from mpilm.comm.devices import Array
 from mpilm.comm.roles import Roles
 from mpilm.comm.worker import Inline, Worker
@@ -67,9 +69,9 @@ class Pulled:
 
     def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
         """As Leaving."""
-        return self.gradients.depart(slot)
+        return partial(self.gradients.depart(slot), nothing_more)
 
-    def _push(self, gradients: Array) -> None:
+    def _push(self, gradients: Array, then: Then) -> None:
         if gradients is not self.outgoing:
             self.roles.device.to_host(gradients, self.outgoing)
             self.roles.device.settle()

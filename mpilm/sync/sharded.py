@@ -37,7 +37,7 @@ from mpilm.flat import Update
 from mpilm.log import UserError, say, warn
 from mpilm.sync._buckets import Read, Run, Shard
 from mpilm.sync._compressed import Compress
-from mpilm.sync._gradients import Gradients, Passing, Room, Whole
+from mpilm.sync._gradients import Gradients, Passing, Room, Whole, afterwards
 from mpilm.sync._layout import Layout, described, lay_out, lay_out_modules
 from mpilm.sync._presence import Presence
 from mpilm.sync._slots import running_visits, tree_visits
@@ -110,7 +110,7 @@ class Sharded(Summing[Shard]):
                      device=self.collective.device)
 
     def _whole(self, layout: Layout, own: slice) -> Whole:
-        reduce = self.compress(layout, self.collective, self.collective.reduce_scatter)
+        reduce = self.compress(layout, self.collective, afterwards(self.collective.reduce_scatter))
         return Whole(layout, self.collective.allocate, reduce, own, self.visits)
 
     def _build_presence(self, parameters: Mapping[str, torch.nn.Parameter]) -> Presence | None:

@@ -68,10 +68,16 @@ def test_reduce_leaves_the_sum_with_its_owners(collective: Collective, count: in
     count = places.fitting(collective.device, count)
     buffer = collective.allocate(count, dtype) if ours else collective.device.empty(count, dtype)
     buffer[:] = cases.values(comm.rank, count, dtype)
-    collective.reduce(buffer)
+    seen: list[tuple[slice, np.ndarray]] = []
+    collective.reduce(buffer, lambda part: seen.append((part, fetch(buffer[part]).copy())))
     own = order.segments(count, collective.owners.size)[collective.owners.rank]
     wanted = cases.expected(comm.size, count, dtype, part=own)
     everywhere(comm, cases.close(fetch(buffer[own]), wanted, comm.size), "my segment")
+    edges = [own.start, *(part.stop for part, _ in seen)]
+    everywhere(comm, [part.start for part, _ in seen] == edges[:-1] and edges[-1] == own.stop, "told whole, in order")
+    everywhere(comm, all((edge - own.start) % order.BLOCK == 0 for edge in edges[:-1]), "cut between blocks")
+    told = np.concatenate([fetch(buffer[:0]), *(values for _, values in seen)])
+    everywhere(comm, np.array_equal(told, fetch(buffer[own])), "told when it was there")
 
 
 @settings(max_examples=15)

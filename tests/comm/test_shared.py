@@ -37,9 +37,11 @@ def test_over_nodes(comm: MPI.Comm, ranks_per_node: int, reproducible: bool, dty
                 everywhere(comm, (buffer == cases.in_tree_order(comm.size, count, dtype)).all(), f"bits, {count}")
             buffer[:] = mine
             comm.Barrier()
-            shared.reduce(buffer)
+            told: list[np.ndarray] = []
+            shared.reduce(buffer, lambda part, buffer=buffer, told=told: told.append(buffer[part].copy()))
             own = order.segments(count, shared.owners.size)[shared.owners.rank]
             everywhere(comm, cases.close(buffer[own], total[own], comm.size), f"owned segment, {count}")
+            everywhere(comm, np.array_equal(np.concatenate([buffer[:0], *told]), buffer[own]), f"told, {count}")
             buffer[:] = mine
             comm.Barrier()
             shared.reduce_scatter(buffer)

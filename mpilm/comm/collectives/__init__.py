@@ -10,9 +10,9 @@ Every file has one class, named like the file, with the interface of `_base.Coll
 from __future__ import annotations
 
 from mpilm import menu
-from mpilm.comm.collectives._base import Collective
+from mpilm.comm.collectives._base import Collective, Then, nothing_more
 
-__all__ = ["Collective", "get", "names"]
+__all__ = ["Collective", "Then", "get", "names", "nothing_more"]
 
 
 def names() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +18,11 @@ from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.log import UserError
 
 PIECE_BYTES = 4 * 2**20  # of every segment, summed at a time where everyone sends to everyone
+Then = Callable[[slice], None]      # what to do with a part of a buffer
+
+
+def nothing_more(part: slice) -> None:
+    """Nothing is to be done with it."""
 
 
 class Collective(ABC):
@@ -86,9 +91,15 @@ class Collective(ABC):
             ValueError: Buffers that differ between the ranks.
         """
 
-    def reduce(self, buffer: Array) -> None:
-        """As allreduce, but only order.segments(count, owners.size)[owners.rank] of `buffer` is then of use."""
+    def reduce(self, buffer: Array, then: Then = nothing_more) -> None:
+        """As allreduce, but only order.segments(count, owners.size)[owners.rank] of `buffer` is then of use.
+
+        Args:
+            then: Called with the parts of that segment, one after the other, as their sums are made: they may still be
+                in the cache. Parts are cut at multiples of order.BLOCK from the segment's beginning.
+        """
         self.allreduce(buffer)
+        then(order.segments(len(buffer), self.owners.size)[self.owners.rank])
 
     def reduce_scatter(self, buffer: Array) -> None:
         """As allreduce, but only order.segments(count, comm.size)[comm.rank] of `buffer` is then of use."""

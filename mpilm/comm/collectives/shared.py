@@ -40,7 +40,7 @@ from mpilm.comm import arrays, order
 from mpilm.comm.collectives import ring
 from mpilm.comm.collectives._across import Across, SwapNodes
 from mpilm.comm.collectives._allocations import Allocations
-from mpilm.comm.collectives._base import Collective
+from mpilm.comm.collectives._base import Collective, Then, nothing_more
 from mpilm.comm.devices import Array
 from mpilm.comm.meet import Meet
 from mpilm.comm.node import Node, SharedMemoryError
@@ -132,11 +132,11 @@ class Shared(Collective):
 
     def allreduce(self, buffer: Array) -> None:
         """As Collective."""
-        self._run(buffer, everywhere=True)
+        self._run(buffer, nothing_more, everywhere=True)
 
-    def reduce(self, buffer: Array) -> None:
+    def reduce(self, buffer: Array, then: Then = nothing_more) -> None:
         """As Collective; rank r of `owners` holds order.segments(count, owners.size)[r] of the sum."""
-        self._run(buffer, everywhere=self._opened is not None)
+        self._run(buffer, then, everywhere=self._opened is not None)
 
     def reduce_scatter(self, buffer: Array) -> None:
         """As Collective. Between nodes of different sizes everyone gets everything."""
@@ -201,19 +201,24 @@ class Shared(Collective):
         self._local.Free()
         super().free()
 
-    def _run(self, buffer: Array, *, everywhere: bool) -> None:
+    def _run(self, buffer: Array, then: Then, *, everywhere: bool) -> None:
         parts, where = self._allocations.find(buffer)
-        if not self.check(buffer, where) or where < 0:
-            self._through_stages(buffer)
-            return
-        self._meet_if_opened()
-        self._sum_parts(parts, everywhere=everywhere)
-        self._meet()
-        if not everywhere and self._workers != self._local.size:
-            self._pull(parts, buffer, order.segments(len(buffer), self._local.size)[self._local.rank])
+        in_place = self.check(buffer, where) and where >= 0
+        at_once = in_place and not everywhere and self._workers == self._local.size
+        own = order.segments(len(buffer), self.owners.size)[self.owners.rank]
+        if in_place:
+            self._meet_if_opened()
+            self._sum_parts(parts, then if at_once else nothing_more, everywhere=everywhere)
             self._meet()
+            if not everywhere and not at_once:
+                self._pull(parts, buffer, own)
+                self._meet()
+        else:
+            self._through_stages(buffer)
+        if not at_once:
+            then(own)
 
-    def _sum_parts(self, parts: Sequence[Array], *, everywhere: bool) -> None:
+    def _sum_parts(self, parts: Sequence[Array], then: Then, *, everywhere: bool) -> None:
         """Sum my slice of all parts over all nodes into my part, or into everyone's (`everywhere`)."""
         if self._local.rank >= self._workers:
             return
@@ -224,12 +229,12 @@ class Shared(Collective):
         for piece in arrays.chunks(own.start, own.stop, piece_bytes // itemsize):
             for chunk in arrays.chunks(piece.start, piece.stop, chunk_bytes // itemsize):
                 self._sum_local.sum(parts, chunk, spread=everywhere and alone)
-            if alone:
-                continue
-            self._sum_nodes([parts[place][piece] for place in self._sum_local.places], mine[piece])
-            for part in parts if everywhere else ():
+            if not alone:
+                self._sum_nodes([parts[place][piece] for place in self._sum_local.places], mine[piece])
+            for part in parts if everywhere and not alone else ():
                 if part is not mine:
                     part[piece] = mine[piece]
+            then(piece)
 
     def _scatter_parts(self, parts: Sequence[Array]) -> None:
         """Sum my segment of all parts over all nodes into my part; on the way, my node's sums of my peers' segments."""
@@ -265,7 +270,7 @@ class Shared(Collective):
             if tick < len(chunks):
                 self._stage(buffer, chunks[tick], tick)[self._local.rank][:] = buffer[chunks[tick]]
             if 1 <= tick <= len(chunks):
-                self._sum_parts(self._stage(buffer, chunks[tick - 1], tick - 1), everywhere=False)
+                self._sum_parts(self._stage(buffer, chunks[tick - 1], tick - 1), nothing_more, everywhere=False)
             if tick >= 2:
                 out = buffer[chunks[tick - 2]]
                 self._pull(self._stage(buffer, chunks[tick - 2], tick - 2), out, slice(0, len(out)))
