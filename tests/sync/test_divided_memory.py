@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mpilm.comm import collectives
+from mpilm.comm.collectives import nothing_more
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK, segments
 from mpilm.comm.worker import Inline, Worker
@@ -122,7 +123,7 @@ def test_gradients_on_their_way_are_summed_whoever_is_in_the_room(worker, comm):
                 value = None if member.name == "0.b" else torch.full((3,), float(1 + comm.rank + slot))
                 gradients.visit(member, slot, value)
         for gradients in passing:
-            gradients.departed(slot, worker.submit(gradients.depart(slot)))
+            gradients.departed(slot, worker.submit(gradients.depart(slot), nothing_more))
     worker.wait()
     total = sum(1 + rank + slot for rank in range(comm.size) for slot in range(2))
     for gradients, own in zip(passing, owns, strict=True):
