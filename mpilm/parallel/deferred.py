@@ -143,4 +143,4 @@ def _deliver(parameter: Tensor, gradient: Tensor | None) -> None:
     """Accumulate a gradient into a parameter, hooks and all."""
     if gradient is not None:
         with torch.enable_grad():       # inside of another backward pass nothing would be recorded
-            torch.autograd.backward(seed(parameter.view_as(parameter), gradient))
+            torch.autograd.backward(seed(parameter, gradient))
