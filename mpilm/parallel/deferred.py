@@ -142,5 +142,4 @@ def _require_none(gradient: Tensor | None) -> None:
 def _deliver(parameter: Tensor, gradient: Tensor | None) -> None:
     """Accumulate a gradient into a parameter, hooks and all."""
     if gradient is not None:
-        with torch.enable_grad():       # inside of another backward pass nothing would be recorded
-            torch.autograd.backward(seed(parameter, gradient))
+        torch.autograd.backward(seed(parameter, gradient))
