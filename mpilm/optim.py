@@ -91,7 +91,8 @@ class Update:
 
     def _apply_chunk(self, masters: Tensor, gradients: Tensor, m: Tensor, v: Tensor, number: Tensor, divisor: Tensor, *,
                      decay: bool) -> None:
-        """What torch.optim.adamw.adamw(fused=True) calls, without what that does in Python for every chunk."""
+        """What torch.optim.adamw.adamw(fused=True) calls, without what that does in Python for every chunk. `number` is
+        this update's, from 1: what that would have counted up to."""
         torch._fused_adamw_([masters], [gradients], [m], [v], [], [number], amsgrad=False, maximize=False,
                             grad_scale=divisor, lr=self.lr, beta1=self.optim.beta1, beta2=self.optim.beta2,
                             eps=self.optim.eps, weight_decay=self.optim.weight_decay if decay else 0.0)

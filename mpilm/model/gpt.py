@@ -128,11 +128,11 @@ class GPT(nn.Module):
         return kept
 
     def expect(self, divisor: int) -> None:
-        """A synchronizer takes the gradients, and knows sparse ones. The loss will be divided by so much before its
-        backward pass begins. Once weights are on their device."""
+        """To be called when weights are on their device: a synchronizer will take the gradients, which may be sparse,
+        and the loss will be divided by `divisor` before its backward pass."""
         if self.last:
             self.lm_head.divisor = divisor
-        if self.first:      # a GPU would add a token's rows in any order; a head's gradient is not sparse
+        if self.first:      # a GPU would add the rows of a token in any order; a tied head's gradient is not sparse
             table = self.embed_tokens.weight
             self.embed_tokens.sparse = table.device.type == "cpu" and not self.shape.tied_embeddings
 

@@ -78,9 +78,10 @@ class Segment:
                          for member, start, stop in layout.members_in(own) if member.name in repeated]
 
     def square(self, part: slice) -> None:
-        """Sums of squares of my gradients' blocks in a part of the bucket."""
+        """Sums of squares of those of my gradients' blocks that a part of the bucket has."""
         part = slice(max(part.start, self.own.start) - self.own.start, min(part.stop, self.own.stop) - self.own.start)
         if part.start < part.stop:
+            assert part.start % BLOCK == part.stop % BLOCK == 0, f"{part} is not cut between blocks"
             blocks = slice(part.start // BLOCK, part.stop // BLOCK)
             self.device.squares(self.gradients.values[part], self.squares[blocks])
             for run in self.left_out:

@@ -30,11 +30,17 @@ from mpilm.sync._layout import Layout, Member
 from mpilm.sync._slots import Visit
 
 Allocate = Callable[[int, npt.DTypeLike], Any]
-Reduce = Callable[[Any, Then], None]     # as a collective's `reduce`
+
+
+class Reduce(Protocol):
+    """As a collective's `reduce`. The parts that `then` is told of may reach beyond what is of use to this rank, as the
+    whole buffer does: it takes what is this rank's."""
+
+    def __call__(self, buffer: Any, then: Then = nothing_more, /) -> None: ...
 
 
 def afterwards(sum_up: Callable[[Any], None]) -> Reduce:
-    """sum_up(buffer), and then all that is of use of it at once."""
+    """sum_up(buffer), and then the whole of it at once."""
     def reduce(buffer: Any, then: Then = nothing_more) -> None:
         sum_up(buffer)
         then(slice(0, len(buffer)))
@@ -64,8 +70,8 @@ class Gradients(Summed, Protocol):
         """Take in one parameter's gradient of my slot number `slot`; None means zero."""
 
     def depart(self, slot: int) -> Callable[[Then], None]:
-        """The gradients of `slot` are all there; returns what the communication thread has to do, given what to do with
-        each part of my segment's sums when it is there. Collective."""
+        """The gradients of `slot` are all there; returns what the communication thread has to do. That is given what to
+        do with sums when they are there, part by part, as `Reduce`. Collective."""
 
     def departed(self, slot: int, future: Call) -> None:
         """It will be done when `future` is."""
@@ -197,7 +203,7 @@ def _rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     values = gradient._values()
     rows, places = gradient._indices()[0].unique(return_inverse=True)
-    return rows, torch.zeros(len(rows), *values.shape[1:]).index_add_(0, places, values.float())
+    return rows, torch.zeros(len(rows), *values.shape[1:], dtype=torch.float32).index_add_(0, places, values.float())
 
 
 def _buffers(visits: Sequence[Visit]) -> int:

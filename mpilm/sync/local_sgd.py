@@ -36,6 +36,7 @@ import torch
 from mpi4py import MPI
 
 from mpilm.comm import arrays
+from mpilm.comm.collectives import nothing_more
 from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import Update
 from mpilm.sync._apart import Apart, Outer
@@ -92,7 +93,8 @@ class LocalSgd(Summing[Apart]):
         if not self.local_after:
             return afterwards(lambda buffer: None)
         reduce = compress(layout, collective, afterwards(collective.allreduce))
-        return lambda buffer, then: then(slice(0, len(buffer))) if self._local() else reduce(buffer, then)
+        here = afterwards(lambda buffer: None)
+        return lambda buffer, then=nothing_more: (here if self._local() else reduce)(buffer, then)
 
     def _local(self) -> bool:
         """Whether the next update is a local one."""

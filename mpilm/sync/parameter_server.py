@@ -71,7 +71,8 @@ class Pulled:
         """As Leaving."""
         return partial(self.gradients.depart(slot), nothing_more)
 
-    def _push(self, gradients: Array, then: Then) -> None:
+    def _push(self, gradients: Array, then: Then = nothing_more) -> None:
+        """To the servers, who sum: here there is nothing to be told of."""
         if gradients is not self.outgoing:
             self.roles.device.to_host(gradients, self.outgoing)
             self.roles.device.settle()

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from mpilm.comm.devices import HOST
 from mpilm.comm.devices._base import STREAMS, Device, Signal
 from mpilm.comm.memory import SharedMemoryError
 from tests.comm.late_array import LateArray
@@ -168,6 +169,10 @@ class Late(Device):
 
     def settle(self):
         self.current.record().flag.wait()
+
+    def squares(self, values, out):
+        memory, into = values.memory, out.memory
+        self.put(lambda: HOST.squares(memory, into))
 
     def export(self, array):
         return os.getpid(), array.descriptor

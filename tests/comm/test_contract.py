@@ -63,6 +63,7 @@ def test_sums_like_numpy_and_all_ranks_hold_the_same_bits(
 
 @settings(max_examples=10)
 @given(count=st.integers(0, 200_000), dtype=st.sampled_from(cases.DTYPES), ours=st.booleans())
+@example(count=1_500_001, dtype="float32", ours=True)
 def test_reduce_leaves_the_sum_with_its_owners(collective: Collective, count: int, dtype: str, ours: bool) -> None:
     comm = collective.comm
     count = places.fitting(collective.device, count)

@@ -37,11 +37,13 @@ def test_over_nodes(comm: MPI.Comm, ranks_per_node: int, reproducible: bool, dty
                 everywhere(comm, (buffer == cases.in_tree_order(comm.size, count, dtype)).all(), f"bits, {count}")
             buffer[:] = mine
             comm.Barrier()
-            told: list[np.ndarray] = []
-            shared.reduce(buffer, lambda part, buffer=buffer, told=told: told.append(buffer[part].copy()))
+            told, edges = list[np.ndarray](), list[int]()
+            shared.reduce(buffer, lambda part, buffer=buffer, told=told, edges=edges: (
+                told.append(buffer[part].copy()), edges.append(part.start)))
             own = order.segments(count, shared.owners.size)[shared.owners.rank]
             everywhere(comm, cases.close(buffer[own], total[own], comm.size), f"owned segment, {count}")
             everywhere(comm, np.array_equal(np.concatenate([buffer[:0], *told]), buffer[own]), f"told, {count}")
+            everywhere(comm, all((edge - own.start) % order.BLOCK == 0 for edge in edges), f"between blocks, {count}")
             buffer[:] = mine
             comm.Barrier()
             shared.reduce_scatter(buffer)

@@ -128,6 +128,25 @@ def test_layers_that_are_named_are_put_off(rows, bias, dtype):
     assert all(torch.equal(one, other.grad) for one, other in zip(expected, layers.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_what_is_not_put_off_may_be_sparse(sparse):
+    """An embedding's rows come at once, as they are, to whoever waits for them."""
+    torch.manual_seed(2)
+    layers = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, 3, bias=False))
+    tokens, got = torch.tensor([[1, 5, 1]]), []
+    layers(tokens).square().sum().backward()
+    expected = [parameter.grad for parameter in layers.parameters()]
+    layers.zero_grad()
+    layers[0].weight.register_post_accumulate_grad_hook(lambda weight: got.append(weight.grad))
+    halves = Deferred(layers)
+    halves.prepare(tuple(tokens.shape))
+    half = halves.backward(layers(tokens).square().sum(), None, None)
+    assert [gradient.is_sparse for gradient in got] == [sparse]
+    assert torch.equal(got[0].to_dense(), expected[0].to_dense())
+    half.weights()
+    assert torch.equal(layers[1].weight.grad, expected[1])
+
+
 def test_a_weight_that_is_used_elsewhere_too_is_refused():
     """Half of its gradient would be missing."""
     layer, leaf = nn.Linear(4, 4), torch.ones(1, 4, requires_grad=True)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpilm.comm.devices import HOST
 from mpilm.comm.order import BLOCK, tree
 from mpilm.model.gpt import GPT
 from mpilm.model.shape import Shape
@@ -66,15 +67,20 @@ def test_a_parameter_without_a_gradient_and_one_with_a_dense_one_after_a_sparse_
 
 
 def test_threads_change_no_bit_of_a_sparse_gradient():
+    """However many rows a word has, and however long they are."""
     draw = torch.Generator().manual_seed(4)
-    tokens, upstream = torch.randint(7, (4096,), generator=draw), torch.randn(4096, WIDTH, generator=draw).bfloat16()
-    found, before = [], torch.get_num_threads()
-    for threads in (1, 4):
-        torch.set_num_threads(threads)
-        buffer = torch.zeros(VOCAB * WIDTH)
-        count([buffer], slice(None), running_visits(1)[0], table_gradient(tokens, upstream, sparse=True))
-        found.append(buffer)
-    torch.set_num_threads(before)
+    values, before = torch.randn(2048, 4096, generator=draw).bfloat16(), torch.get_num_threads()
+    gradient = torch.sparse_coo_tensor(torch.randint(3, (1, len(values)), generator=draw), values, (3, values.shape[1]),
+                                       check_invariants=True)
+    found = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            buffer = torch.zeros(gradient.numel())
+            count([buffer], slice(None), running_visits(1)[0], gradient)
+            found.append(buffer)
+    finally:
+        torch.set_num_threads(before)
     assert torch.equal(*found)
 
 
@@ -127,6 +133,16 @@ def test_a_block_has_the_same_sum_of_squares_however_parts_are_cut(blocks, data)
     assert found.tolist() == alone
     wide = values[own].astype(np.float64).reshape(-1, BLOCK)
     np.testing.assert_allclose(found, (wide ** 2).sum(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [1e25, np.inf, np.nan])
+def test_a_norm_that_is_not_finite_is_told_by_who_reads_it(value):
+    """Without a warning of NumPy's, on every rank, and only in its own block."""
+    values = np.ones(3 * BLOCK, np.float32)
+    values[BLOCK + 7] = value
+    found = np.zeros(3)
+    HOST.squares(values, found)
+    assert np.isfinite(found).tolist() == [True, False, True]
 
 
 def test_what_another_rank_counts_is_zero():

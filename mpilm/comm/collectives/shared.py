@@ -219,7 +219,7 @@ class Shared(Collective):
             then(own)
 
     def _sum_parts(self, parts: Sequence[Array], then: Then, *, everywhere: bool) -> None:
-        """Sum my slice of all parts over all nodes into my part, or into everyone's (`everywhere`)."""
+        """Sum my slice of all parts over all nodes into my part, `then` piece by piece, or into everyone's."""
         if self._local.rank >= self._workers:
             return
         mine, itemsize = parts[self._local.rank], parts[0].itemsize

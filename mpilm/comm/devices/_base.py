@@ -152,10 +152,13 @@ class Device(ABC):
     def squares(self, values: Array, out: Array) -> None:
         """out[b] = the sum of squares of block b of `values`, each by itself; `values` are whole blocks, float32.
 
-        A row is one call of BLAS, short enough that no BLAS splits it among threads: its bits depend on it alone.
+        A row is one call of BLAS, short enough that no BLAS splits it among threads: its bits depend on it alone. This
+        serves NumPy's arrays; a device with others has a way of its own.
         """
         rows = values.reshape(-1, ROW)
-        np.sum(np.vecdot(rows, rows).reshape(-1, BLOCK // ROW), axis=1, dtype=np.float64, out=out)
+        with np.errstate(over="ignore"):    # whoever finds an infinite norm says so
+            sums = np.vecdot(rows, rows)
+        np.sum(sums.reshape(-1, BLOCK // ROW), axis=1, dtype=np.float64, out=out)
 
 
 class Signal(ABC):
