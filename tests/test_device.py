@@ -44,8 +44,10 @@ def test_steps_have_the_bits_of_a_host(way: str, name: str, how: type, comm: MPI
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_step_that_does_not_follow_its_thread_shows(way: str, comm: MPI.Comm) -> None:
+def test_a_step_that_does_not_follow_its_thread_shows(way: str, comm: MPI.Comm,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """Without events, buckets leave before they are full, or are used before they have arrived."""
+    monkeypatch.setattr("tests.comm.late.SELDOM", 1)
     late = Late(comm.rank, immediate=True)
     late.follow = lambda event: None
     expected = alone(configuration())

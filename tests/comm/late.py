@@ -32,7 +32,7 @@ import numpy as np
 from mpilm.comm.devices import HOST
 from mpilm.comm.devices._base import STREAMS, Device, Signal
 from mpilm.comm.memory import SharedMemoryError
-from tests.comm.late_array import LateArray
+from tests.comm.late_array import LateArray, memory_of
 
 LONGEST_S = 400e-6
 SELDOM = 0.5    # of all calls are late
@@ -171,7 +171,7 @@ class Late(Device):
         self.current.record().flag.wait()
 
     def squares(self, values, out):
-        memory, into = values.memory, out.memory
+        memory, into = memory_of(values), memory_of(out)
         self.put(lambda: HOST.squares(memory, into))
 
     def export(self, array):

@@ -66,7 +66,7 @@ class LateArray:
 
     def __setitem__(self, key, value):
         target = self.memory[key] if isinstance(key, slice) else self.memory[key:key + 1]
-        source = _memory(value)
+        source = memory_of(value)
         source = source.copy() if source is value and isinstance(value, np.ndarray) else source
         self.device.put(lambda: np.copyto(target, source))
 
@@ -90,7 +90,7 @@ class LateArray:
         if method != "__call__" or options:
             return NotImplemented
         made = out[0] if out else self.device.empty(len(self), self.dtype)
-        operands, target = [_memory(value) for value in inputs], made.memory
+        operands, target = [memory_of(value) for value in inputs], made.memory
         self.device.put(lambda: ufunc(*operands, out=target))
         return made
 
@@ -108,5 +108,6 @@ class LateArray:
         return self.memory.__dlpack_device__()
 
 
-def _memory(value: Any) -> Any:
+def memory_of(value: Any) -> Any:
+    """Of a LateArray; anything else is its own."""
     return value.memory if isinstance(value, LateArray) else value
