@@ -90,10 +90,10 @@ class LocalSgd(Summing[Apart]):
 
     def _reduce(self, layout: Layout, collective: Any, compress: Compress) -> Reduce:
         """Sums gradients where the step in hand is not a local one. `applied` changes only when all this is done."""
-        if not self.local_after:
-            return afterwards(lambda buffer: None)
-        reduce = compress(layout, collective, afterwards(collective.allreduce))
         here = afterwards(lambda buffer: None)
+        if not self.local_after:
+            return here
+        reduce = compress(layout, collective, afterwards(collective.allreduce))
         return lambda buffer, then=nothing_more: (here if self._local() else reduce)(buffer, then)
 
     def _local(self) -> bool:

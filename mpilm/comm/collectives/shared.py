@@ -231,9 +231,9 @@ class Shared(Collective):
                 self._sum_local.sum(parts, chunk, spread=everywhere and alone)
             if not alone:
                 self._sum_nodes([parts[place][piece] for place in self._sum_local.places], mine[piece])
-            for part in parts if everywhere and not alone else ():
-                if part is not mine:
-                    part[piece] = mine[piece]
+                for part in parts if everywhere else ():
+                    if part is not mine:
+                        part[piece] = mine[piece]
             then(piece)
 
     def _scatter_parts(self, parts: Sequence[Array]) -> None:

@@ -152,7 +152,7 @@ class Device(ABC):
     def squares(self, values: Array, out: Array) -> None:
         """out[b] = the sum of squares of block b of `values`, each by itself; `values` are whole blocks, float32.
 
-        A row is one call of BLAS, short enough that no BLAS splits it among threads: its bits depend on it alone. This
+        A row is one call of BLAS, too short for OpenBLAS to split it among threads: its bits depend on it alone. This
         serves NumPy's arrays; a device with others has a way of its own.
         """
         rows = values.reshape(-1, ROW)
