@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import gc
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+gc.disable()    # until all tests are collected: modules stay
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # for one-sided messages, which nothing here sends; slow to start
@@ -124,7 +126,10 @@ def _take(mark: Path) -> bool:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """End everywhere when ranks do not have the same tests."""
+    """End everywhere when ranks do not have the same tests. Modules stay: looking through them for garbage, again and
+    again, would take a sixth of all time."""
+    gc.freeze()
+    gc.enable()
     mine = [item.nodeid for item in session.items]
     ballots = _vote(session.config, (session.testsfailed, mine), failed=session.testsfailed > 0)
     if all(ballot == ballots[0] for ballot in ballots):

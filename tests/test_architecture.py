@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,25 @@ NO_SUCH_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelv
 pytestmark = pytest.mark.serial
 PROGRAM = sorted(path for package in ("mpilm", "data_prep") for path in (REPOSITORY / package).rglob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
-every_program_file = pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(REPOSITORY)))
 
 
+def every(files: Sequence[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """Make a test of one file that of all of them, which names each that fails: a test a file would be 1,600 tests."""
+    def over_all(check: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            problems = []
+            for path in files:
+                try:
+                    check(path)
+                except AssertionError as error:
+                    problems.append(f"{path.relative_to(REPOSITORY)}: {error}")
+            assert not problems, "\n".join(problems)
+        test.__doc__ = check.__doc__
+        return test
+    return over_all
+
+
+@cache
 def parse(path: Path) -> ast.Module:
     """The syntax tree of a file."""
     return ast.parse(path.read_text(), str(path))
@@ -71,7 +88,7 @@ def test_there_is_a_program():
     assert len(PROGRAM) > 30
 
 
-@every_program_file
+@every(PROGRAM)
 def test_imports_go_down(path):
     package, *inside = path.relative_to(REPOSITORY).with_suffix("").parts
     if package == "data_prep":
@@ -122,7 +139,7 @@ def test_no_import_cycles():
         visit(module, ())
 
 
-@pytest.mark.parametrize("path", PROGRAM + TESTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@every(PROGRAM + TESTS)
 def test_files_and_functions_are_short(path):
     lines = path.read_text().count("\n")
     assert lines <= LONGEST_FILE
@@ -131,7 +148,7 @@ def test_files_and_functions_are_short(path):
     assert not long
 
 
-@every_program_file
+@every(PROGRAM)
 def test_public_things_have_docstrings(path):
     tree = parse(path)
     assert ast.get_docstring(tree) or not tree.body, "the module has no docstring"
@@ -149,7 +166,7 @@ def _public(scope: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.
                 yield from _public(node)
 
 
-@every_program_file
+@every(PROGRAM)
 def test_nothing_unpickles_or_evaluates(path):
     tree = parse(path)
     names = {name.split(".")[0] for name, _ in imports(tree, path)}
@@ -161,7 +178,7 @@ def test_nothing_unpickles_or_evaluates(path):
             assert (node.value.id, node.attr) not in NO_SUCH_ATTRIBUTES, f"line {node.lineno}"
 
 
-@every_program_file
+@every(PROGRAM)
 def test_nothing_listens_on_the_network(path):
     """MPI alone does; what the benchmark starts for others has to meet somewhere."""
     if "bench" in path.parts:
@@ -173,7 +190,7 @@ def test_nothing_listens_on_the_network(path):
                 and node.attr in ("listen", "bind", "create_server")]
 
 
-@every_program_file
+@every(PROGRAM)
 def test_no_work_at_import(path):
     """Definitions and constants only: no loops, no calls for their effect, no globals that functions rebind."""
     tree = parse(path)

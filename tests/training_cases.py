@@ -1,11 +1,11 @@
-"""A small model and a few steps of it, in process: over all ranks, or on each rank alone."""
+"""A small model and a few steps of it, in process: over all ranks, or on one rank alone."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from mpilm import assemble
+from mpilm import assemble, failure
 from mpilm.arithmetic import Arithmetic
 from mpilm.config import Config, Data, Model, Optim, Parallel, Run, Sync
 from mpilm.data.loader import Batch
@@ -76,11 +76,12 @@ def parallel(config, *, precision="fp32", synchronous=False, compiled=False):
 
 
 def alone(config, *, precision="fp32", compiled=False):
-    """The same steps on one rank: each rank does them for itself, once for all tests."""
+    """The same steps on one rank, once for all tests: the first does them, and all ranks get what came out."""
     key = config.to_toml(), precision, compiled, assemble.Update    # which a test may have replaced
     with session() as world:    # on all ranks, though one of them may have failed to do so the first time
         if key not in ALONE:
-            ALONE[key] = train(config, world.alone(), precision=precision, compiled=compiled)
+            ALONE[key] = failure.on_root(world.comm, lambda: train(config, world.alone(), precision=precision,
+                                                                   compiled=compiled))
     return ALONE[key]
 
 
