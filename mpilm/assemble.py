@@ -166,7 +166,7 @@ def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, stat
     others `build` and `restore`."""
     with torch.device("meta"):
         parameters = named([GPT(shape)])
-    update = Update(config.optim, config.run.steps)
+    update = Update(config.optim, config.run.steps, compiled=decision.compile)
     update.applied, update.skipped = state.applied, state.skipped
     runs = layout.slots(config, roles.workers, reproducible=decision.reproducible)
     clocks = Clocks(roles.workers, staleness=layout.staleness(config), start=state.step, steps=config.run.steps,
@@ -207,7 +207,8 @@ def build(config: Config, world: World, shape: Shape, decision: Arithmetic, role
     parts = [GPT(shape, units, context, split)
              for units in layout.of_rank(layout.stages(config, shape), mesh.pp.rank, pp)]
     products.use(decision.precision, parts)
-    update, divisor = Update(config.optim, config.run.steps), sum(map(len, runs)) * cp
+    update = Update(config.optim, config.run.steps, compiled=decision.compile and transport.device is HOST)
+    divisor = sum(map(len, runs)) * cp
     synchronizer = synchronize(config, world, mesh, named(parts), update, num_slots=len(slots), dtype=decision.dtype,
                                roles=roles, transport=transport)
     for part in parts:

@@ -45,6 +45,12 @@ def array(tensor: torch.Tensor) -> Any:
     return cupy.from_dlpack(values)
 
 
+def rebased(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory of a CPU, with a storage that begins there: torch.compile compiles anew where a tensor begins
+    elsewhere in its storage, and gives up after a few times."""
+    return torch.from_numpy(array(tensor)).view(tensor.dtype)
+
+
 def on_stream(device: str, pointer: Callable[[], int]) -> AbstractContextManager[Any]:
     """A block in which torch works, in this thread, on the stream that `pointer()` is CUDA's handle of."""
     if device == "cpu":

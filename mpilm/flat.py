@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -10,14 +11,18 @@ import torch
 
 @dataclass(frozen=True)
 class Flat:
-    """A run of flat memory: float32 masters, gradients and optimizer states, and the weights the model computes with.
+    """A run of flat memory: float32 masters and optimizer states, and the weights the model computes with.
 
     All are 1-D and of equal length; `weights` may be the same memory as `masters`.
+
+    Attributes:
+        gradients: Float32; or several, in the dtype of the weights, whose sum they are (`add`), for an update that
+            `adds`.
     """
 
     masters: torch.Tensor
     weights: torch.Tensor
-    gradients: torch.Tensor
+    gradients: tuple[torch.Tensor, ...]
     states: tuple[torch.Tensor, ...]
     decay: bool
 
@@ -27,6 +32,7 @@ class Update(Protocol):
 
     Attributes:
         STATES: Names of its states, one float32 array each.
+        adds: Whether it takes gradients that have still to be added up.
         lr: Of the next update.
         applied, skipped, skipped_in_a_row: Updates that were made, left out, and left out since the last one.
     """
@@ -37,6 +43,9 @@ class Update(Protocol):
     skipped: int
     skipped_in_a_row: int
 
+    @property
+    def adds(self) -> bool: ...
+
     def begin(self, step: int) -> None:
         """The next update is that of `step`."""
 
@@ -45,3 +54,11 @@ class Update(Protocol):
 
     def apply(self, flat: Flat, scale: float) -> None:
         """Update a run of flat memory, cut anywhere at a multiple of 16 elements."""
+
+
+def add(addends: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Their sum, float32, from the first to the last."""
+    total = addends[0].float()
+    for addend in addends[1:]:
+        total = total + addend.float()
+    return total

@@ -4,6 +4,8 @@
     scale = update.accept(grad_norm)         None: a NaN or infinite norm, nobody updates
     update.apply(flat, scale)                on whatever run of the flat buckets this rank owns
 
+On a CPU an update waits for memory. Compiled, it goes through all of it once, and adds up gradients on the way.
+
 The arithmetic is elementwise, so a run may be cut anywhere at a multiple of 16 elements without
 changing a bit. AdamW is arXiv 1711.05101; the schedules are arXiv 1608.03983 (cosine) and
 2404.06395 (warm-up, stable, decay).
@@ -12,13 +14,15 @@ changing a bit. AdamW is arXiv 1711.05101; the schedules are arXiv 1608.03983 (c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mpilm.bridge import rebased
 from mpilm.config import Optim
-from mpilm.flat import Flat
+from mpilm.flat import Flat, add
 from mpilm.log import UserError
 
 # Elements of one pass: the weights are rounded from masters still in the cache, and the calls cost nothing beside it. A
@@ -51,16 +55,25 @@ class Update:
     """AdamW with clipping and a schedule.
 
     `applied` counts the updates that were made and `skipped_in_a_row` those left out since the last one.
+
+    Args:
+        compiled: Compile it, on the first call; for memory of a CPU.
     """
 
     STATES: ClassVar[tuple[str, ...]] = ("adam_m", "adam_v")
 
-    def __init__(self, optim: Optim, steps: int) -> None:
+    def __init__(self, optim: Optim, steps: int, *, compiled: bool = False) -> None:
         self.optim, self.steps = optim, steps
         self.applied = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.lr = 0.0
+        self._in_one_pass: Callable[..., None] | None = torch.compile(adamw, dynamic=True) if compiled else None
+
+    @property
+    def adds(self) -> bool:
+        """Whether it takes gradients that have still to be added up."""
+        return self._in_one_pass is not None
 
     def begin(self, step: int) -> None:
         """Set the learning rate of `step`."""
@@ -78,12 +91,19 @@ class Update:
         return min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0
 
     def apply(self, flat: Flat, scale: float) -> None:
-        """One AdamW update of a run of flat memory; its gradients are used up."""
+        """One AdamW update of a run of flat memory; its gradients may be used up."""
+        if self._in_one_pass is not None:
+            masters, weights, *states = map(rebased, (flat.masters, flat.weights, *flat.states))
+            apart = weights.data_ptr() != masters.data_ptr()
+            self._in_one_pass(masters, weights if apart else None, tuple(map(rebased, flat.gradients)), *states,
+                              *self._factors(scale, decay=flat.decay))
+            return
+        gradient, = flat.gradients
         device = flat.masters.device
         length = CHUNK if device.type == "cpu" else max(1, flat.masters.numel())
         number, divisor = (torch.full((), value, dtype=torch.float32, device=device)    # nothing is waited for
                            for value in (self.applied, 1.0 / scale))
-        whole = (flat.masters, flat.weights, flat.gradients, *flat.states)
+        whole = (flat.masters, flat.weights, gradient, *flat.states)
         for masters, weights, gradients, m, v in zip(*(array.split(length) for array in whole), strict=True):
             self._apply_chunk(masters, gradients, m, v, number, divisor, decay=flat.decay)
             if weights.data_ptr() != masters.data_ptr():
@@ -97,15 +117,44 @@ class Update:
                             grad_scale=divisor, lr=self.lr, beta1=self.optim.beta1, beta2=self.optim.beta2,
                             eps=self.optim.eps, weight_decay=self.optim.weight_decay if decay else 0.0)
 
+    def _factors(self, scale: float, *, decay: bool) -> tuple[Tensor, ...]:
+        """What `adamw` multiplies with, as tensors: a new number is no reason to compile anew."""
+        optim, number = self.optim, self.applied
+        factors = (scale, 1 - self.lr * optim.weight_decay if decay else 1.0, 1 - optim.beta1, optim.beta2,
+                   1 - optim.beta2, self.lr / (1 - optim.beta1 ** number), 1 / math.sqrt(1 - optim.beta2 ** number),
+                   optim.eps)
+        return torch.tensor(factors, dtype=torch.float32).unbind()
+
+
+def adamw(masters: Tensor, weights: Tensor | None, gradients: Sequence[Tensor], m: Tensor, v: Tensor, scale: Tensor,
+          keep: Tensor, beta1_rest: Tensor, beta2: Tensor, beta2_rest: Tensor, step_size: Tensor, root: Tensor,
+          eps: Tensor) -> None:
+    """One update, in place; every element by itself. `weights` None: they are the masters.
+
+    Args:
+        scale: Of the sum of `gradients`.
+        keep: 1 - lr * weight decay.
+        beta1_rest, beta2_rest: 1 - beta1, 1 - beta2.
+        step_size, root: lr / (1 - beta1^n); 1 / the square root of 1 - beta2^n.
+    """
+    gradient = add(gradients) * scale
+    m.add_((gradient - m) * beta1_rest)
+    v.mul_(beta2).add_(gradient * gradient * beta2_rest)
+    masters.mul_(keep).sub_(step_size * m / (v.sqrt() * root + eps))
+    if weights is not None:
+        weights.copy_(masters)
+
 
 class Sgd(Update):
     """Plain stochastic gradient descent: w -= lr * (g + weight_decay * w), with the same clipping and schedule."""
 
     STATES: ClassVar[tuple[str, ...]] = ()
 
+    adds = False
+
     def apply(self, flat: Flat, scale: float) -> None:
         """One update of a run of flat memory; its gradients are used up."""
-        gradient = flat.gradients.mul_(scale)
+        gradient = flat.gradients[0].mul_(scale)
         if flat.decay:
             gradient.add_(flat.masters, alpha=self.optim.weight_decay)
         flat.masters.sub_(gradient, alpha=self.lr)

@@ -8,7 +8,10 @@ import torch
 from mpilm import optim
 from mpilm.config import Optim
 from mpilm.flat import Flat
+from mpilm.flat import add as flat_add
 from mpilm.optim import Update, learning_rate
+
+pytestmark = pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
 
 
 def flat(count, *, decay=True, dtype=torch.float32):
@@ -16,21 +19,29 @@ def flat(count, *, decay=True, dtype=torch.float32):
     draw = torch.Generator().manual_seed(3)
     masters = torch.randn(count, generator=draw)
     weights = masters if dtype == torch.float32 else masters.to(dtype)
-    return Flat(masters, weights, torch.zeros(count), (torch.zeros(count), torch.zeros(count)), decay)
+    return Flat(masters, weights, (torch.zeros(count),), (torch.zeros(count), torch.zeros(count)), decay)
+
+
+@pytest.fixture(params=[False, True], ids=["", "compiled"])
+def make(request):
+    """An update, as it is or compiled."""
+    def make(config: Optim, steps: int) -> Update:
+        return Update(config, steps, compiled=request.param)
+    return make
 
 
 @pytest.mark.parametrize("decay", [True, False])
-def test_five_updates_are_those_of_torch(decay):
+def test_five_updates_are_those_of_torch(decay, make):
     """AdamW with clipping, against torch.optim.AdamW and clip_grad_norm_ on the same gradients."""
     config = Optim(lr=1e-2, warmup_steps=2, clip=1.0)
-    mine, update = flat(1000, decay=decay), Update(config, steps=10)
+    mine, update = flat(1000, decay=decay), make(config, steps=10)
     twin = torch.nn.Parameter(mine.masters.clone())
     reference = torch.optim.AdamW([twin], betas=(config.beta1, config.beta2), eps=config.eps,
                                   weight_decay=config.weight_decay if decay else 0.0)
     draw = torch.Generator().manual_seed(5)
     for step in range(5):
         gradient = torch.randn(1000, generator=draw)
-        mine.gradients.copy_(gradient)
+        mine.gradients[0].copy_(gradient)
         update.begin(step)
         scale = update.accept(float(gradient.norm()))
         update.apply(mine, scale)
@@ -47,7 +58,7 @@ def test_cuts_do_not_change_bits(monkeypatch):
     for chunk in (16, 4096, optim.CHUNK):
         monkeypatch.setattr(optim, "CHUNK", chunk)
         mine, update = flat(10_000, dtype=torch.bfloat16), Update(Optim(), steps=10)
-        mine.gradients.copy_(mine.masters)
+        mine.gradients[0].copy_(mine.masters)
         update.begin(3)
         update.apply(mine, update.accept(7.0))
         results.append(mine)
@@ -55,10 +66,28 @@ def test_cuts_do_not_change_bits(monkeypatch):
         assert torch.equal(results[0].masters, other.masters) and torch.equal(results[0].weights, other.weights)
 
 
-def test_weights_are_rounded_masters():
+def test_compiled_any_cut_has_the_bits_of_the_whole_and_gradients_are_added_up():
+    """A sum of bf16 gradients is what the same sum is, written down in float32."""
+    draw = torch.Generator().manual_seed(7)
+    addends = tuple(torch.randn(10_000, generator=draw).bfloat16() for _ in range(3))
+    results = []
+    for cuts, gradients in (([10_000], (flat_add(addends),)), ([10_000], addends), ([1, 6, 3993, 6000], addends)):
+        mine, update = flat(10_000, dtype=torch.bfloat16), Update(Optim(), 10, compiled=True)
+        update.begin(3)
+        scale = update.accept(7.0)
+        arrays = mine.masters, mine.weights, *mine.states, *gradients
+        for masters, weights, m, v, *part in zip(*(array.split(cuts) for array in arrays), strict=True):
+            update.apply(Flat(masters, weights, tuple(part), (m, v), decay=True), scale)
+        results.append(mine)
+    for other in results[1:]:
+        assert torch.equal(results[0].masters, other.masters) and torch.equal(results[0].weights, other.weights)
+        assert all(map(torch.equal, results[0].states, other.states))
+
+
+def test_weights_are_rounded_masters(make):
     """What the model computes with follows the masters at once."""
-    mine, update = flat(100, dtype=torch.bfloat16), Update(Optim(), steps=10)
-    mine.gradients.fill_(0.1)
+    mine, update = flat(100, dtype=torch.bfloat16), make(Optim(), steps=10)
+    mine.gradients[0].fill_(0.1)
     update.begin(0)
     update.apply(mine, update.accept(1.0))
     assert torch.equal(mine.weights, mine.masters.to(torch.bfloat16))

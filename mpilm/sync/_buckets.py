@@ -28,6 +28,7 @@ from mpilm.flat import Flat
 from mpilm.sync._gradients import Gradients, Reduce, Summed, Whole
 from mpilm.sync._layout import Layout
 from mpilm.sync._slots import Visit
+from mpilm.sync._unsummed import Unsummed
 from mpilm.sync._weights import Weights
 
 MASTERS = "model"
@@ -83,13 +84,13 @@ class Segment:
         if part.start < part.stop:
             assert part.start % BLOCK == part.stop % BLOCK == 0, f"{part} is not cut between blocks"
             blocks = slice(part.start // BLOCK, part.stop // BLOCK)
-            self.device.squares(self.gradients.values[part], self.squares[blocks])
+            self.gradients.squares(self.device, part, self.squares[blocks])
             for run in self.left_out:
                 self.squares[max(run.start, blocks.start):min(run.stop, blocks.stop)] = 0
 
     def flats(self) -> Iterator[Flat]:
         """My segment, as the update takes it."""
-        return flats_of(self.layout, self.own, self.masters, self.shard, self.gradients.own, self.states.values())
+        return flats_of(self.layout, self.own, self.masters, self.shard, self.gradients.addends, self.states.values())
 
     def arrays(self) -> dict[str, Array]:
         """Everything a resume needs of my segment, float32, by the name of the state."""
@@ -123,12 +124,12 @@ def runs_of(layout: Layout, share: slice, arrays: Mapping[str, Array]) -> list[R
             for name, array in arrays.items() for member, start, stop in layout.members_in(share)]
 
 
-def flats_of(layout: Layout, own: slice, masters: torch.Tensor, weights: torch.Tensor, gradients: torch.Tensor,
-             states: Iterable[Array]) -> Iterator[Flat]:
+def flats_of(layout: Layout, own: slice, masters: torch.Tensor, weights: torch.Tensor,
+             gradients: Sequence[torch.Tensor], states: Iterable[Array]) -> Iterator[Flat]:
     """The segment `own` of a bucket, as the update takes it; everything is as long as the segment."""
     for zone, decay in layout.zones(own):
         part = slice(zone.start - own.start, zone.stop - own.start)
-        yield Flat(masters[part], weights[part], gradients[part],
+        yield Flat(masters[part], weights[part], tuple(gradient[part] for gradient in gradients),
                    tuple(bridge.tensor(state[part], torch.float32) for state in states), decay)
 
 
@@ -153,17 +154,19 @@ class Replica(Bucket):
 
     Args:
         blocks: float64, one for every BLOCK of its gradients, for all owners.
+        unsummed: Gradients need not be summed before they are used.
     """
 
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, blocks: Array, *,
                  states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit],
-                 repeated: Collection[str]) -> None:
+                 repeated: Collection[str], unsummed: bool) -> None:
         count, self.cut = layout.count, segments(layout.count, owners.comm.size)
         device = collective.device
         own = self.cut[owners.comm.rank]
-        summed = Whole(layout, collective.allocate, reduce, own, visits)
-        super().__init__(layout, own, summed, repeated, device)
-        self.collective, self.summed = collective, summed
+        stays = Unsummed.build(layout, collective, own, dtype) if unsummed else None
+        gradients = stays or Whole(layout, collective.allocate, reduce, own, visits)
+        super().__init__(layout, own, gradients, repeated, device)
+        self.collective, self.unsummed = collective, stays is not None
         self.common = {name: owners.allocate_common(count, np.float32, device) for name in (MASTERS, *states)}
         whole = bridge.tensor(self.common[MASTERS], torch.float32)
         self.flat = whole if dtype == torch.float32 else bridge.tensor(
@@ -174,13 +177,14 @@ class Replica(Bucket):
 
     def flats_of(self, owner: int) -> Iterator[Flat] | None:
         """Another owner's segment; None if its gradients are not where I see them."""
-        gradients = self.collective.seen(self.summed.reduced, owner)
+        mine = self.gradients
+        gradients = self.collective.seen(mine.reduced, owner) if isinstance(mine, Whole) else None
         if gradients is None:
             return None
         own = self.cut[owner]
         states = [array[own] for name, array in self.common.items() if name != MASTERS]
         masters, summed = (bridge.tensor(array[own], torch.float32) for array in (self.common[MASTERS], gradients))
-        return flats_of(self.layout, own, masters, self.flat[own], summed, states)
+        return flats_of(self.layout, own, masters, self.flat[own], [summed], states)
 
     def runs(self, part: int, parts: int) -> list[Run]:
         """One of `parts` shares of everything a resume needs."""

@@ -25,6 +25,7 @@ import torch
 
 from mpilm import bridge
 from mpilm.comm.collectives import Then, nothing_more
+from mpilm.comm.devices import Device
 from mpilm.comm.worker import Call, Inline, Worker
 from mpilm.sync._layout import Layout, Member
 from mpilm.sync._slots import Visit
@@ -51,16 +52,39 @@ class Summed(Protocol):
     """What an update asks of gradients.
 
     Attributes:
-        own: float32, my segment of the sum over all slots of all ranks, once everything has departed and arrived.
-        values: The same, as an array.
+        addends: My segment of the sum over all slots of all ranks, once everything has departed and arrived: float32,
+            or what it is the sum of (_unsummed.py).
         nbytes: Held for it at all times.
     """
 
-    own: torch.Tensor
     nbytes: int
 
     @property
-    def values(self) -> Any: ...
+    def addends(self) -> tuple[torch.Tensor, ...]: ...
+
+    def squares(self, device: Device, part: slice, out: Any) -> None:
+        """out[b] = the sum of squares of block b of a part of my segment, float64."""
+
+
+class Written:
+    """As Summed: a sum that is in memory.
+
+    Attributes:
+        own: float32, my segment.
+        values: The same, as an array.
+    """
+
+    own: torch.Tensor
+    values: Any
+
+    @property
+    def addends(self) -> tuple[torch.Tensor, ...]:
+        """As Summed."""
+        return self.own,
+
+    def squares(self, device: Device, part: slice, out: Any) -> None:
+        """As Summed."""
+        device.squares(self.values[part], out)
 
 
 class Gradients(Summed, Protocol):
@@ -77,7 +101,7 @@ class Gradients(Summed, Protocol):
         """It will be done when `future` is."""
 
 
-class Whole:
+class Whole(Written):
     """Gradients at full length.
 
     Args:
@@ -127,7 +151,7 @@ class Room:
         self.filling, self.leaving = False, future
 
 
-class Passing:
+class Passing(Written):
     """Gradients that are kept in my segment only."""
 
     def __init__(self, layout: Layout, collective: Any, own: slice, visits: Sequence[Visit], room: Room) -> None:
@@ -143,7 +167,7 @@ class Passing:
         """As Gradients."""
         if slot not in self.places:
             self.places[slot] = self._take(slot)
-        _put(gradient, bridge.tensor(self.places[slot][member.start:member.start + member.count], torch.float32))
+        put(gradient, bridge.tensor(self.places[slot][member.start:member.start + member.count], torch.float32))
 
     def _take(self, slot: int) -> Any:
         """A place for a slot; gaps between members are zero. Memory of its own where the room is in use."""
@@ -177,7 +201,7 @@ def count(buffers: Sequence[torch.Tensor], run: slice, visit: Visit, gradient: t
     """One step of the binary counter, on `run` of all buffers; None means zero."""
     into = buffers[visit.into][run]
     if visit.fresh:
-        _put(gradient, into)
+        put(gradient, into)
     elif gradient is not None and gradient.is_sparse:
         into.view(gradient.shape).index_add_(0, *_rows(gradient))
     elif gradient is not None:
@@ -186,12 +210,13 @@ def count(buffers: Sequence[torch.Tensor], run: slice, visit: Visit, gradient: t
         buffers[lower][run].add_(buffers[lower + 1][run])
 
 
-def _put(gradient: torch.Tensor | None, into: torch.Tensor) -> None:
+def put(gradient: torch.Tensor | None, into: torch.Tensor) -> None:
     """Make `into`, 1-D, the gradient; None means zero."""
     if gradient is None:
         into.zero_()
     elif gradient.is_sparse:
-        into.zero_().view(gradient.shape).index_copy_(0, *_rows(gradient))
+        rows, sums = _rows(gradient)
+        into.zero_().view(gradient.shape).index_copy_(0, rows, sums.to(into.dtype))
     else:
         into.copy_(gradient.reshape(-1))
 

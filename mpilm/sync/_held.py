@@ -20,6 +20,7 @@ from mpilm.comm.roles import Roles
 from mpilm.flat import Update
 from mpilm.sync._buckets import Segment
 from mpilm.sync._compressed import Compress
+from mpilm.sync._gradients import Written
 from mpilm.sync._layout import Layout
 from mpilm.sync._pushes import Arrival
 from mpilm.sync._staleness import Rule
@@ -28,7 +29,7 @@ TOGETHER = 16   # blocks that are summed over workers and squared while they are
 
 
 @dataclass
-class Arrived:
+class Arrived(Written):
     """Gradients that were received: as an update takes them."""
 
     own: torch.Tensor

@@ -50,7 +50,7 @@ class Journal:
         for number, piece in enumerate(_pieces(flats)):
             if number < record[DONE]:
                 continue
-            pairs = list(zip(before, (piece.masters, piece.gradients, *piece.states), strict=True))
+            pairs = list(zip(before, (piece.masters, *piece.gradients, *piece.states), strict=True))
             if number < record[COPIED]:
                 for copy, array in pairs:
                     array.copy_(copy[:array.numel()])
@@ -66,5 +66,5 @@ def _pieces(flats: Iterable[Flat]) -> Iterator[Flat]:
     for flat in flats:
         for start in range(0, flat.masters.numel(), PIECE):
             part = slice(start, start + PIECE)
-            yield Flat(flat.masters[part], flat.weights[part], flat.gradients[part],
+            yield Flat(flat.masters[part], flat.weights[part], tuple(gradient[part] for gradient in flat.gradients),
                        tuple(state[part] for state in flat.states), flat.decay)

@@ -1,8 +1,9 @@
 """Synchronous data parallelism: gradients are summed over all ranks, then everyone has the same update.
 
-A bucket leaves during the backward pass of the last slot. `collective.owners` share one copy of parameters and
-optimizer state, and each of them updates its own segment of it: in a node with shared memory nothing is computed twice.
-Ranks that share no memory each hold a copy of everything and compute the same update.
+A bucket leaves during the backward pass of the last slot, or is summed where it is used (_unsummed.py).
+`collective.owners` share one copy of parameters and optimizer state, and each of them updates its own segment of it: in
+a node with shared memory nothing is computed twice. Ranks that share no memory each hold a copy of everything and
+compute the same update.
 """
 
 from __future__ import annotations
@@ -56,15 +57,18 @@ class Allreduce(Summing[Replica]):
         visits = (tree_visits if reproducible else running_visits)(num_slots)
         layouts = lay_out(described(parameters, decayed), int(bucket_mib * 2**20 / FLOAT_BYTES),
                           owners=self.owners.comm.size)
+        outlived = ulfm.active() and self.owners.comm.size > 1
+        self.journal = Journal(self.owners, len(update.STATES)) if outlived else None
+        # What a rank that died has left can be finished from written sums only.
+        unsummed = (update.adds and dtype != torch.float32 and num_slots == 1 and not reproducible
+                    and compress.way is None and 1 < self.owners.comm.size == collective.comm.size and not outlived)
         counts = [layout.count // BLOCK for layout in layouts]
         self.blocks = self.owners.allocate_common(sum(counts), np.float64, collective.device)
         buckets = [Replica(layout, collective, compress(layout, collective, collective.reduce), self.owners,
                            self.blocks[stop - count:stop], states=update.STATES, dtype=dtype, visits=visits,
-                           repeated=repeated)
+                           repeated=repeated, unsummed=unsummed)
                    for layout, count, stop in zip(layouts, counts, accumulate(counts), strict=True)]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)
-        outlived = ulfm.active() and self.owners.comm.size > 1
-        self.journal = Journal(self.owners, len(update.STATES)) if outlived else None
         self.apply: Callable[[Flat], None] | None = None    # what the last update did
 
     def _update(self, apply: Callable[[Flat], None]) -> None:
@@ -91,6 +95,10 @@ class Allreduce(Summing[Replica]):
         return True
 
     def _blocks(self) -> np.ndarray:
+        if late := [bucket for bucket in self.buckets if bucket.unsummed]:
+            self.owners.comm.Barrier()      # everyone's gradients are there
+            for bucket in late:
+                bucket.square(bucket.own)
         self.owners.comm.Barrier()
         return arrays.fetch(self.blocks)
 

@@ -26,7 +26,7 @@ def segment(seed):
     """Flat memory with values, bf16 weights beside it."""
     draw = torch.Generator().manual_seed(seed)
     return [Flat(torch.randn(count, generator=draw), torch.zeros(count, dtype=torch.bfloat16),
-                 torch.randn(count, generator=draw), (torch.zeros(count), torch.zeros(count)), decay=count > 20)
+                 (torch.randn(count, generator=draw),), (torch.zeros(count), torch.zeros(count)), decay=count > 20)
             for count in COUNTS]
 
 
@@ -52,7 +52,7 @@ def torn(update, scale, after):
     def apply(flat):
         if calls[0] == after:
             half = flat.masters.numel() // 2
-            update.apply(Flat(flat.masters[:half], flat.weights[:half], flat.gradients[:half],
+            update.apply(Flat(flat.masters[:half], flat.weights[:half], (flat.gradients[0][:half],),
                               tuple(state[:half] for state in flat.states), flat.decay), scale)
             raise Killed
         calls[0] += 1

@@ -188,7 +188,7 @@ class Shared(Collective):
 
     def seen(self, buffer: Array, owner: int) -> Array | None:
         """As Collective."""
-        parts, where = self._allocations.find(buffer)
+        parts, where = self._allocations.find(buffer, arrays.MOVED)
         return parts[owner] if where >= 0 else None
 
     def free(self) -> None:

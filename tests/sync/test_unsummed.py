@@ -1,0 +1,148 @@
+"""Gradients that are summed where they are used: the steps are those of written sums."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpilm import optim
+from mpilm.comm.devices import HOST
+from mpilm.comm.order import BLOCK
+from mpilm.launch import session
+from mpilm.model.gpt import GPT
+from mpilm.sync import _unsummed, allreduce
+from mpilm.sync._gradients import Whole
+from mpilm.sync._unsummed import Unsummed
+from tests.helpers import everywhere
+from tests.training_cases import build, configuration, course, same
+
+pytestmark = pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
+BLOCKS, STEPS = 6, 3
+
+
+@pytest.fixture(autouse=True)
+def only_updates_are_compiled(monkeypatch):
+    """Blocks take longer, and have tests of their own."""
+    monkeypatch.setattr(GPT, "compile_parts", lambda part: None)
+
+
+def of_one_slot(comm, collective="shared", *, micro_batch_size=2, reproducible=False, clip=0.0, tied=True, **options):
+    """A step of one slot for each rank: without clipping the norm has no share in it, and a tied head leaves no sparse
+    gradient, which is rounded."""
+    return configuration(collective, reproducible=reproducible, micro_batch_size=micro_batch_size, clip=clip, tied=tied,
+                         sequences=2 * comm.size, steps=STEPS, **options)
+
+
+def steps(config, precision="bf16", *, compiled=True):
+    """(losses, norms, parameters) over all ranks, and the kinds of gradients that buckets have."""
+    with session() as world:
+        core = build(config, world, precision=precision, compiled=compiled)
+        found = course(core, config, draw=lambda step: np.random.default_rng(step).integers(
+            0, 101, (config.data.global_batch_size, config.data.sequence_length + 1)))
+        world.comm.Barrier()
+        return found, {type(bucket.gradients) for bucket in core.sync.buckets}
+
+
+def summed(config, monkeypatch):
+    """The same with written sums, by the same compiled update."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Unsummed, "build", lambda *_: None)
+        found, kinds = steps(config)
+    assert kinds == {Whole}
+    return found
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_steps_have_the_bits_of_written_sums(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
+    """Float32 sums of the same gradients in the same order; norms, which are added up otherwise, are near."""
+    if comm.size % stages or comm.size == stages:
+        pytest.skip("no ranks to sum over")
+    config = of_one_slot(comm, micro_batch_size=2 * stages, pp=stages, tied=stages == 1)
+    found, kinds = steps(config)
+    expected = summed(config, monkeypatch)
+    everywhere(comm, kinds == {Unsummed}, f"{kinds}")
+    if stages == 1:
+        everywhere(comm, same(found, (expected[0], found[1], expected[2])), f"{found[:2]}, not {expected[:2]}")
+    everywhere(comm, np.allclose(found[1], expected[1], rtol=1e-5 if stages == 1 else 1e-2))
+
+
+@pytest.mark.ranks(min=2)
+def test_rows_of_a_table_are_rounded_once(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse gradients, and a clipped norm."""
+    config = of_one_slot(comm, clip=1.0, tied=False)
+    found, kinds = steps(config)
+    expected = summed(config, monkeypatch)
+    near = np.allclose(found[0], expected[0], rtol=1e-3) and np.allclose(found[1], expected[1], rtol=1e-2)
+    everywhere(comm, kinds == {Unsummed} and near, f"{kinds} {found[:2]}, not {expected[:2]}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("why", ["reproducible", "several slots", "float32", "another collective", "not compiled",
+                                 "too many", "no shared memory", "a journal"])
+def test_where_sums_are_needed_they_are_written(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    compiled = why != "not compiled"
+    config = of_one_slot(comm, "ring" if why == "another collective" else "shared", reproducible=why == "reproducible",
+                         micro_batch_size=1 if why == "several slots" else 2)
+    if why == "too many":
+        monkeypatch.setattr(_unsummed, "MOST", 1)
+    if why == "no shared memory":
+        monkeypatch.setattr(Unsummed, "build", classmethod(lambda *_: None))
+    if why == "a journal":
+        monkeypatch.setattr(allreduce.ulfm, "active", lambda: True)
+    if why == "reproducible" and comm.size & (comm.size - 1):
+        pytest.skip("no power of two of slots")
+    with session() as world:
+        core = build(config, world, precision="fp32" if why == "float32" else "bf16", compiled=compiled)
+        kinds = {type(bucket.gradients) for bucket in core.sync.buckets}
+    everywhere(comm, kinds == {Whole}, f"{kinds}")
+
+
+@pytest.mark.ranks(min=2)
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(comm: MPI.Comm) -> None:
+    """Whoever has it; and nothing is changed."""
+    config = of_one_slot(comm)
+    with session() as world:
+        core = build(config, world, precision="bf16", compiled=True)
+        before = {name: p.detach().clone() for name, p in core.parameters().items()}
+        for name in before:
+            core.sync._take(name, torch.full_like(before[name], 1e-3))
+        if world.rank == world.size - 1:
+            core.sync.buckets[-1].gradients.mine[5] = math.nan
+        core.update.begin(0)
+        core.sync.step(core.update)
+        kept = all(torch.equal(before[name], p) for name, p in core.parameters().items())
+        found = core.sync.grad_norm
+        everywhere(comm, kept and core.update.skipped == 1 and math.isnan(found), f"{found}")
+        for name in before:
+            core.sync._take(name, torch.full_like(before[name], 1e-3))
+        core.sync.step(core.update)
+        elements = sum(p.numel() for p in core.parameters().values())
+        norm = float(torch.tensor(1e-3).bfloat16()) * comm.size * math.sqrt(elements)
+        everywhere(comm, core.update.applied == 1 and core.sync.grad_norm == pytest.approx(norm, rel=1e-5))
+        world.comm.Barrier()
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_squares_are_those_of_the_sum(number: int) -> None:
+    """Of float32 sums, block by block, in any part."""
+    draw = torch.Generator().manual_seed(number)
+    addends = [torch.randn(BLOCKS * BLOCK, generator=draw).bfloat16() for _ in range(number)]
+    found = np.zeros(BLOCKS)
+    gradients = Unsummed(addends[0], addends)
+    for part in (slice(0, 2 * BLOCK), slice(2 * BLOCK, 3 * BLOCK), slice(3 * BLOCK, BLOCKS * BLOCK)):
+        gradients.squares(HOST, part, found[part.start // BLOCK:part.stop // BLOCK])
+    exact = sum(addend.double() for addend in addends).view(BLOCKS, BLOCK).square().sum(1)
+    np.testing.assert_allclose(found, exact.numpy(), rtol=1e-6)
+
+
+@pytest.mark.serial
+def test_an_optimizer_that_adds_nothing_gets_sums() -> None:
+    """Compiled or not."""
+    assert optim.get("adamw")(configuration().optim, 10, compiled=True).adds
+    assert not optim.get("sgd")(configuration().optim, 10, compiled=True).adds
