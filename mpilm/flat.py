@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol
 
 import torch
 
+MOST_ADDENDS = 16   # streams that a core reads at once; with so many it is still no slower than writing sums down
+
 
 @dataclass(frozen=True)
 class Flat:

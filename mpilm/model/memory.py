@@ -69,6 +69,7 @@ class Division:
         element: Bytes of an element of the weights.
         num_slots: Micro-batches of a rank in a step.
         reproducible: They are summed along a tree.
+        gradient: Bytes of an element of gradients, at level 0.
     """
 
     replicas: int = 1
@@ -78,6 +79,7 @@ class Division:
     element: int = 2
     num_slots: int = 1
     reproducible: bool = False
+    gradient: int = FLOAT
 
     @property
     def buffers(self) -> int:
@@ -92,7 +94,7 @@ def held(shape: Shape, units: Units, division: Division) -> Memory:
     if how.level == 0:
         whole = count.whole(how.sharing)
         return Memory(_part(how.element * whole, how.sharing), _part(apart * whole, how.sharing),
-                      _part(states * whole, how.sharing), FLOAT * whole * how.buffers)
+                      _part(states * whole, how.sharing), how.gradient * whole * how.buffers)
     whole, mine = count.whole(how.replicas), count.mine()
     gradients = FLOAT * (whole if how.level == 1 else mine) * how.buffers + count.rooms() * FLOAT
     if how.level == 3 and how.sharing < how.replicas:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mpilm.config import Config
+from mpilm.flat import MOST_ADDENDS
 from mpilm.model import activations, memory
 from mpilm.model.activations import Work
 from mpilm.model.memory import Division, Memory
@@ -58,7 +59,7 @@ def stages(config: Config, shape: Shape, ranks: int, *, element: int = BF16, com
                 parallel.recompute)
     dealt = layout.stages(config, shape)
     return [_stage(config, shape, work, stage, layout.of_rank(dealt, stage, parallel.pp),
-                   _division(config, ranks, stage, element, ranks_per_node or ranks))
+                   _division(config, ranks, stage, work, ranks_per_node or ranks))
             for stage in range(parallel.pp)]
 
 
@@ -84,14 +85,18 @@ def _passes(actions: Sequence[Action], shape: Shape, units: Sequence[range], wor
                  Kind.WEIGHT: later[chunk]}[action.kind]
 
 
-def _division(config: Config, ranks: int, stage: int, element: int, ranks_per_node: int) -> Division:
+def _division(config: Config, ranks: int, stage: int, work: Work, ranks_per_node: int) -> Division:
     parallel, sync = config.parallel, config.sync
     dp = ranks // (parallel.pp * parallel.cp * parallel.tp)
     slots = [len(run) for run in layout.slots(config, dp, reproducible=config.run.reproducible)]
     level = sync.level if sync.kind == "sharded" else 0
-    return Division(dp * parallel.cp, _sharing(config, dp, stage, ranks_per_node),
-                    level if len(set(slots)) == 1 else min(level, 1),       # as sync/sharded.py does
-                    parallel.tp, element, max(slots), config.run.reproducible)
+    plain = sync.kind == "allreduce" and sync.compress == "none" and not config.run.reproducible
+    division = Division(dp * parallel.cp, _sharing(config, dp, stage, ranks_per_node),
+                        level if len(set(slots)) == 1 else min(level, 1),       # as sync/sharded.py does
+                        parallel.tp, work.element, max(slots), config.run.reproducible)
+    unsummed = (plain and work.compiled and 1 < division.sharing == division.replicas <= MOST_ADDENDS
+                and division.num_slots == 1)        # as sync/allreduce.py does
+    return replace(division, gradient=work.element) if unsummed else division
 
 
 def _sharing(config: Config, dp: int, stage: int, ranks_per_node: int) -> int:

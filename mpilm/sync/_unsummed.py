@@ -28,11 +28,9 @@ from mpilm.comm.devices import Device
 from mpilm.comm.devices._base import ROW
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Call
-from mpilm.flat import add
+from mpilm.flat import MOST_ADDENDS, add
 from mpilm.sync._gradients import put
 from mpilm.sync._layout import Layout, Member
-
-MOST = 16   # streams: with so many it is still no slower
 
 
 class Unsummed:
@@ -51,7 +49,7 @@ class Unsummed:
     def build(cls, layout: Layout, collective: Any, own: slice, dtype: torch.dtype) -> Unsummed | None:
         """Over the owners of a collective; None where they do not see each other's memory, or are too many. Collective
         over it."""
-        if collective.owners.size > MOST:
+        if collective.owners.size > MOST_ADDENDS:
             return None
         mine = collective.allocate(layout.count, bridge.array_dtype(dtype))
         everyone = [collective.seen(mine, owner) for owner in range(collective.owners.size)]

@@ -59,9 +59,8 @@ class Allreduce(Summing[Replica]):
                           owners=self.owners.comm.size)
         outlived = ulfm.active() and self.owners.comm.size > 1
         self.journal = Journal(self.owners, len(update.STATES)) if outlived else None
-        # What a rank that died has left can be finished from written sums only.
-        unsummed = (update.adds and dtype != torch.float32 and num_slots == 1 and not reproducible
-                    and compress.way is None and 1 < self.owners.comm.size == collective.comm.size and not outlived)
+        unsummed = _need_no_sums(collective, self.owners, plain=not reproducible and compress.way is None,
+                                 able=update.adds and dtype != torch.float32 and num_slots == 1 and not outlived)
         counts = [layout.count // BLOCK for layout in layouts]
         self.blocks = self.owners.allocate_common(sum(counts), np.float64, collective.device)
         buckets = [Replica(layout, collective, compress(layout, collective, collective.reduce), self.owners,
@@ -130,3 +129,12 @@ class Allreduce(Summing[Replica]):
     def free(self) -> None:
         """As Synchronizer."""
         self.owners.free()
+
+
+def _need_no_sums(collective: Any, owners: Node, *, plain: bool, able: bool) -> bool:
+    """Whether gradients can be used unsummed; the same on all ranks, who may have different numbers of slots. What a
+    rank that died has left could not be finished from them (`inherit`). Collective over the collective's communicator.
+    """
+    together = 1 < owners.comm.size == collective.comm.size
+    everywhere: bool = collective.comm.allreduce(plain and able and together, op=MPI.LAND)
+    return everywhere

@@ -16,6 +16,7 @@ from mpilm.launch import session
 from mpilm.model import activations, memory
 from mpilm.model.activations import Work
 from mpilm.model.context import WHOLE
+from mpilm.model.gpt import GPT
 from mpilm.model.shape import Shape
 from mpilm.model.split import ALONE
 from mpilm.parallel import exchange, footprint
@@ -30,10 +31,11 @@ SMALL = Shape(layers=2, width=64, heads=4, vocab_size=96)
 DEEP = Shape(layers=14, width=256, heads=8, hidden=704, vocab_size=1024)
 
 
-def measured(config, shape, precision):
+def measured(config, shape, precision, *, compiled):
     """Bytes that each rank's synchronizer holds after a step, of the rank that holds most."""
+    decided = Arithmetic(precision, compiled, 1, 1, config.run.reproducible, "", "")
     with session() as world:
-        core = assemble.build(config, world, shape, Arithmetic(precision, False, 1, 1, config.run.reproducible, "", ""))
+        core = assemble.build(config, world, shape, decided)
         assemble.restore(core, shape, config, None)
         tokens = np.zeros((len(core.slots), config.data.micro_batch_size, config.data.sequence_length), np.int64)
         core.pipeline.run(Batch(tokens, tokens, None))
@@ -42,10 +44,10 @@ def measured(config, shape, precision):
         return {name: max(world.comm.allgather(held[name])) for name in HELD}
 
 
-def check(config, shape, precision, comm):
-    stages = footprint.stages(config, shape, comm.size, element=ELEMENT[precision])
+def check(config, shape, precision, comm, *, compiled=False):
+    stages = footprint.stages(config, shape, comm.size, element=ELEMENT[precision], compiled=compiled)
     expected = {name: max(getattr(stage, name) for stage in stages) for name in HELD}
-    found = measured(config, shape, precision)
+    found = measured(config, shape, precision, compiled=compiled)
     near = all(abs(found[name] - expected[name]) < 64 for name in HELD)     # thirds are rounded bucket by bucket
     everywhere(comm, near, f"{config.sync}, {config.parallel}: {found} and not {expected}")
 
@@ -65,6 +67,15 @@ def test_what_replicas_hold_is_predicted_to_the_byte(precision, comm):
         check(small(**options), SMALL, precision, comm)
         for level in (1, 2, 3):
             check(small(kind="sharded", level=level, **options), SMALL, precision, comm)
+
+
+@pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
+@pytest.mark.parametrize("slots", [1, 2])
+def test_gradients_that_are_not_summed_are_half_as_long(slots, comm, monkeypatch):
+    """As those of one slot, where the update is compiled."""
+    monkeypatch.setattr(GPT, "compile_parts", lambda part: None)
+    for collective in ("shared", "ring"):
+        check(small(collective, sequences=slots * comm.size), SMALL, "bf16", comm, compiled=True)
 
 
 @pytest.mark.ranks(min=2)

@@ -82,14 +82,16 @@ def test_rows_of_a_table_are_rounded_once(comm: MPI.Comm, monkeypatch: pytest.Mo
 
 
 @pytest.mark.ranks(min=2)
-@pytest.mark.parametrize("why", ["reproducible", "several slots", "float32", "another collective", "not compiled",
-                                 "too many", "no shared memory", "a journal"])
+@pytest.mark.parametrize("why", ["reproducible", "several slots", "somebody has two", "float32", "another collective",
+                                 "not compiled", "too many", "no shared memory", "a journal"])
 def test_where_sums_are_needed_they_are_written(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     compiled = why != "not compiled"
     config = of_one_slot(comm, "ring" if why == "another collective" else "shared", reproducible=why == "reproducible",
                          micro_batch_size=1 if why == "several slots" else 2)
+    if why == "somebody has two":
+        config.data.global_batch_size += 2
     if why == "too many":
-        monkeypatch.setattr(_unsummed, "MOST", 1)
+        monkeypatch.setattr(_unsummed, "MOST_ADDENDS", 1)
     if why == "no shared memory":
         monkeypatch.setattr(Unsummed, "build", classmethod(lambda *_: None))
     if why == "a journal":
