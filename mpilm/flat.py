@@ -28,6 +28,12 @@ class Flat:
     states: tuple[torch.Tensor, ...]
     decay: bool
 
+    def copy(self) -> Flat:
+        """The same, of memory of its own."""
+        masters, same = self.masters.clone(), self.weights.data_ptr() == self.masters.data_ptr()
+        gradients, states = (tuple(array.clone() for array in arrays) for arrays in (self.gradients, self.states))
+        return Flat(masters, masters if same else self.weights.clone(), gradients, states, self.decay)
+
 
 class Update(Protocol):
     """A rule that turns gradients into new parameters; local, and it cannot fail.
@@ -40,13 +46,11 @@ class Update(Protocol):
     """
 
     STATES: ClassVar[tuple[str, ...]]
+    adds: bool
     lr: float
     applied: int
     skipped: int
     skipped_in_a_row: int
-
-    @property
-    def adds(self) -> bool: ...
 
     def begin(self, step: int) -> None:
         """The next update is that of `step`."""

@@ -51,6 +51,25 @@ def _wsd(optim: Optim, step: int, steps: int) -> float:
 SCHEDULES = {"cosine": _cosine, "wsd": _wsd}
 
 
+def adamw(masters: Tensor, weights: Tensor | None, gradients: Sequence[Tensor], m: Tensor, v: Tensor, scale: Tensor,
+          decay: Tensor, beta1_rest: Tensor, beta2: Tensor, beta2_rest: Tensor, step_size: Tensor, root: Tensor,
+          eps: Tensor) -> None:
+    """One update, in place; every element by itself. `weights` None: they are the masters.
+
+    Args:
+        scale: Of the sum of `gradients`.
+        decay: lr * weight decay. (1 minus it, in float32, would lose most of a small one.)
+        beta1_rest, beta2_rest: 1 - beta1, 1 - beta2.
+        step_size, root: lr / (1 - beta1^n); 1 / the square root of 1 - beta2^n.
+    """
+    gradient = add(gradients) * scale
+    m.add_((gradient - m) * beta1_rest)
+    v.mul_(beta2).add_(gradient * gradient * beta2_rest)
+    masters.sub_(masters * decay + step_size * m / (v.sqrt() * root + eps))
+    if weights is not None:
+        weights.copy_(masters)
+
+
 class Update:
     """AdamW with clipping and a schedule.
 
@@ -61,6 +80,7 @@ class Update:
     """
 
     STATES: ClassVar[tuple[str, ...]] = ("adam_m", "adam_v")
+    ONE_PASS: ClassVar[Callable[..., None] | None] = staticmethod(adamw)    # what is compiled
 
     def __init__(self, optim: Optim, steps: int, *, compiled: bool = False) -> None:
         self.optim, self.steps = optim, steps
@@ -68,12 +88,9 @@ class Update:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.lr = 0.0
-        self._in_one_pass: Callable[..., None] | None = torch.compile(adamw, dynamic=True) if compiled else None
-
-    @property
-    def adds(self) -> bool:
-        """Whether it takes gradients that have still to be added up."""
-        return self._in_one_pass is not None
+        rule = self.ONE_PASS if compiled else None
+        self._in_one_pass = torch.compile(rule, dynamic=True) if rule else None
+        self.adds = rule is not None
 
     def begin(self, step: int) -> None:
         """Set the learning rate of `step`."""
@@ -120,37 +137,17 @@ class Update:
     def _factors(self, scale: float, *, decay: bool) -> tuple[Tensor, ...]:
         """What `adamw` multiplies with, as tensors: a new number is no reason to compile anew."""
         optim, number = self.optim, self.applied
-        factors = (scale, 1 - self.lr * optim.weight_decay if decay else 1.0, 1 - optim.beta1, optim.beta2,
+        factors = (scale, self.lr * optim.weight_decay if decay else 0.0, 1 - optim.beta1, optim.beta2,
                    1 - optim.beta2, self.lr / (1 - optim.beta1 ** number), 1 / math.sqrt(1 - optim.beta2 ** number),
                    optim.eps)
         return torch.tensor(factors, dtype=torch.float32).unbind()
-
-
-def adamw(masters: Tensor, weights: Tensor | None, gradients: Sequence[Tensor], m: Tensor, v: Tensor, scale: Tensor,
-          keep: Tensor, beta1_rest: Tensor, beta2: Tensor, beta2_rest: Tensor, step_size: Tensor, root: Tensor,
-          eps: Tensor) -> None:
-    """One update, in place; every element by itself. `weights` None: they are the masters.
-
-    Args:
-        scale: Of the sum of `gradients`.
-        keep: 1 - lr * weight decay.
-        beta1_rest, beta2_rest: 1 - beta1, 1 - beta2.
-        step_size, root: lr / (1 - beta1^n); 1 / the square root of 1 - beta2^n.
-    """
-    gradient = add(gradients) * scale
-    m.add_((gradient - m) * beta1_rest)
-    v.mul_(beta2).add_(gradient * gradient * beta2_rest)
-    masters.mul_(keep).sub_(step_size * m / (v.sqrt() * root + eps))
-    if weights is not None:
-        weights.copy_(masters)
 
 
 class Sgd(Update):
     """Plain stochastic gradient descent: w -= lr * (g + weight_decay * w), with the same clipping and schedule."""
 
     STATES: ClassVar[tuple[str, ...]] = ()
-
-    adds = False
+    ONE_PASS = None
 
     def apply(self, flat: Flat, scale: float) -> None:
         """One update of a run of flat memory; its gradients are used up."""

@@ -78,7 +78,7 @@ def parallel(config, *, precision="fp32", synchronous=False, compiled=False):
 def alone(config, *, precision="fp32", compiled=False):
     """The same steps on one rank, once for all tests: the first does them, and all ranks get what came out."""
     key = config.to_toml(), precision, compiled, assemble.Update    # which a test may have replaced
-    with session() as world:    # on all ranks, though one of them may have failed to do so the first time
+    with session() as world:
         if key not in ALONE:
             ALONE[key] = failure.on_root(world.comm, lambda: train(config, world.alone(), precision=precision,
                                                                    compiled=compiled))

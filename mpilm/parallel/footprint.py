@@ -51,7 +51,7 @@ def stages(config: Config, shape: Shape, ranks: int, *, element: int = BF16, com
         config: Of a layout that `layout.check` lets pass.
         ranks: In all.
         element: Bytes of an element of what the model computes with: 2 in bf16, 4 in fp32.
-        compiled: Blocks are.
+        compiled: Blocks and updates are, and ranks compute on CPUs, without ULFM.
         ranks_per_node: 0: all ranks are on one node.
     """
     parallel, data = config.parallel, config.data

@@ -1,6 +1,6 @@
 """Flat memory for parameters, gradients and optimizer state, bucket by bucket.
 
-    gradients   float32, see _gradients.py
+    gradients   float32, see _gradients.py; or those of every rank, in the dtype of the weights (_unsummed.py)
     masters, optimizer states   float32; each rank updates a segment of its own
     weights     what the model computes with (bf16, or the masters themselves)
     blocks      float64, the sum of squares of every BLOCK gradients, for the global norm
@@ -154,19 +154,19 @@ class Replica(Bucket):
 
     Args:
         blocks: float64, one for every BLOCK of its gradients, for all owners.
-        unsummed: Gradients need not be summed before they are used.
+        need_no_sums: Gradients may be used unsummed.
     """
 
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, blocks: Array, *,
                  states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit],
-                 repeated: Collection[str], unsummed: bool) -> None:
+                 repeated: Collection[str], need_no_sums: bool) -> None:
         count, self.cut = layout.count, segments(layout.count, owners.comm.size)
         device = collective.device
         own = self.cut[owners.comm.rank]
-        stays = Unsummed.build(layout, collective, own, dtype) if unsummed else None
-        gradients = stays or Whole(layout, collective.allocate, reduce, own, visits)
+        unsummed = Unsummed.build(layout, collective, own, dtype) if need_no_sums else None
+        gradients = unsummed or Whole(layout, collective.allocate, reduce, own, visits)
         super().__init__(layout, own, gradients, repeated, device)
-        self.collective, self.unsummed = collective, stays is not None
+        self.collective = collective
         self.common = {name: owners.allocate_common(count, np.float32, device) for name in (MASTERS, *states)}
         whole = bridge.tensor(self.common[MASTERS], torch.float32)
         self.flat = whole if dtype == torch.float32 else bridge.tensor(

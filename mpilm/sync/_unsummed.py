@@ -9,13 +9,15 @@ ranks moves a quarter fewer bytes, and memory is what additions and updates wait
 the norm, and for the update.
 
 That takes an update that is compiled, so that a sum stays in registers; a step of one slot, because slots are added up
-in float32; no bits to be kept, which are those of a written sum; and not too many ranks, because a core reads so many
-streams at once.
+in float32; no bits to be kept, which are those of a written sum; no compression; ranks that are all on one node, and
+not too many, because a core reads so many streams at once; and nobody who outlives others and finishes their updates.
+The rows of a sparse gradient are summed in float32, as ever, and then rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,7 @@ from torch import Tensor
 
 from mpilm import bridge
 from mpilm.comm.collectives import Then
-from mpilm.comm.devices import Device
-from mpilm.comm.devices._base import ROW
+from mpilm.comm.devices import ROW, Device
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Call
 from mpilm.flat import MOST_ADDENDS, add
@@ -43,7 +44,6 @@ class Unsummed:
 
     def __init__(self, mine: Tensor, addends: Sequence[Tensor]) -> None:
         self.mine, self.addends, self.nbytes = mine, tuple(addends), mine.nbytes
-        self._squares: Callable[[Sequence[Tensor]], Tensor] = torch.compile(squares, dynamic=True)
 
     @classmethod
     def build(cls, layout: Layout, collective: Any, own: slice, dtype: torch.dtype) -> Unsummed | None:
@@ -70,12 +70,18 @@ class Unsummed:
 
     def squares(self, device: Device, part: slice, out: Any) -> None:
         """As Summed, once all ranks have their gradients there."""
-        rows = self._squares([bridge.rebased(addend[part]) for addend in self.addends])
+        rows = compiled_squares()([bridge.rebased(addend[part]) for addend in self.addends])
         np.sum(rows.numpy().reshape(-1, BLOCK // ROW), axis=1, dtype=np.float64, out=out)
 
 
 def nothing_to_send(then: Then) -> None:
     """Nobody is told of sums: there are none."""
+
+
+@cache
+def compiled_squares() -> Callable[[Sequence[Tensor]], Tensor]:
+    """`squares`, compiled on its first call."""
+    return torch.compile(squares, dynamic=True)
 
 
 def squares(addends: Sequence[Tensor]) -> Tensor:

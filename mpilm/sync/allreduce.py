@@ -8,6 +8,7 @@ compute the same update.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 from typing import Any
@@ -28,6 +29,7 @@ from mpilm.sync._journal import Journal
 from mpilm.sync._layout import described, lay_out
 from mpilm.sync._slots import running_visits, tree_visits
 from mpilm.sync._synchronizer import Summing
+from mpilm.sync._unsummed import Unsummed
 
 FLOAT_BYTES = 4
 
@@ -59,13 +61,14 @@ class Allreduce(Summing[Replica]):
                           owners=self.owners.comm.size)
         outlived = ulfm.active() and self.owners.comm.size > 1
         self.journal = Journal(self.owners, len(update.STATES)) if outlived else None
-        unsummed = _need_no_sums(collective, self.owners, plain=not reproducible and compress.way is None,
-                                 able=update.adds and dtype != torch.float32 and num_slots == 1 and not outlived)
+        # What a rank that died has left can be finished from written sums only (`inherit`).
+        need_no_sums = _need_no_sums(collective, self.owners, plain=not reproducible and compress.way is None,
+                                     able=update.adds and dtype != torch.float32 and num_slots == 1 and not outlived)
         counts = [layout.count // BLOCK for layout in layouts]
         self.blocks = self.owners.allocate_common(sum(counts), np.float64, collective.device)
         buckets = [Replica(layout, collective, compress(layout, collective, collective.reduce), self.owners,
                            self.blocks[stop - count:stop], states=update.STATES, dtype=dtype, visits=visits,
-                           repeated=repeated, unsummed=unsummed)
+                           repeated=repeated, need_no_sums=need_no_sums)
                    for layout, count, stop in zip(layouts, counts, accumulate(counts), strict=True)]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)
         self.apply: Callable[[Flat], None] | None = None    # what the last update did
@@ -94,10 +97,12 @@ class Allreduce(Summing[Replica]):
         return True
 
     def _blocks(self) -> np.ndarray:
-        if late := [bucket for bucket in self.buckets if bucket.unsummed]:
+        if late := [bucket for bucket in self.buckets if isinstance(bucket.gradients, Unsummed)]:
             self.owners.comm.Barrier()      # everyone's gradients are there
+            started = time.perf_counter()
             for bucket in late:
                 bucket.square(bucket.own)
+            self.norm_s = time.perf_counter() - started
         self.owners.comm.Barrier()
         return arrays.fetch(self.blocks)
 
@@ -132,9 +137,8 @@ class Allreduce(Summing[Replica]):
 
 
 def _need_no_sums(collective: Any, owners: Node, *, plain: bool, able: bool) -> bool:
-    """Whether gradients can be used unsummed; the same on all ranks, who may have different numbers of slots. What a
-    rank that died has left could not be finished from them (`inherit`). Collective over the collective's communicator.
-    """
+    """Whether gradients can be used unsummed; the same on all ranks, who may have different numbers of slots.
+    Collective over the collective's communicator."""
     together = 1 < owners.comm.size == collective.comm.size
     everywhere: bool = collective.comm.allreduce(plain and able and together, op=MPI.LAND)
     return everywhere

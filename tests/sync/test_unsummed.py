@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from math import prod
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from mpi4py import MPI
 
 from mpilm import optim
 from mpilm.comm.devices import HOST
+from mpilm.comm.node import Node, SharedMemoryError
 from mpilm.comm.order import BLOCK
 from mpilm.launch import session
 from mpilm.model.gpt import GPT
@@ -18,10 +21,10 @@ from mpilm.sync import _unsummed, allreduce
 from mpilm.sync._gradients import Whole
 from mpilm.sync._unsummed import Unsummed
 from tests.helpers import everywhere
-from tests.training_cases import build, configuration, course, same
+from tests.training_cases import DIVISIBLE, build, configuration, course, same
 
 pytestmark = pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
-BLOCKS, STEPS = 6, 3
+BLOCKS, STEPS, LR = 6, 3, 1e-2
 
 
 @pytest.fixture(autouse=True)
@@ -57,33 +60,35 @@ def summed(config, monkeypatch):
 
 
 @pytest.mark.ranks(min=2)
-@pytest.mark.parametrize("stages", [1, 2])
-def test_steps_have_the_bits_of_written_sums(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
+def test_steps_have_the_bits_of_written_sums(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 sums of the same gradients in the same order; norms, which are added up otherwise, are near."""
-    if comm.size % stages or comm.size == stages:
-        pytest.skip("no ranks to sum over")
-    config = of_one_slot(comm, micro_batch_size=2 * stages, pp=stages, tied=stages == 1)
-    found, kinds = steps(config)
-    expected = summed(config, monkeypatch)
+    found, kinds = steps(of_one_slot(comm))
+    expected = summed(of_one_slot(comm), monkeypatch)
     everywhere(comm, kinds == {Unsummed}, f"{kinds}")
-    if stages == 1:
-        everywhere(comm, same(found, (expected[0], found[1], expected[2])), f"{found[:2]}, not {expected[:2]}")
-    everywhere(comm, np.allclose(found[1], expected[1], rtol=1e-5 if stages == 1 else 1e-2))
+    everywhere(comm, same(found, (expected[0], found[1], expected[2])), f"{found[:2]}, not {expected[:2]}")
+    everywhere(comm, np.allclose(found[1], expected[1], rtol=1e-5), f"{found[1]}, not {expected[1]}")
 
 
 @pytest.mark.ranks(min=2)
-def test_rows_of_a_table_are_rounded_once(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sparse gradients, and a clipped norm."""
-    config = of_one_slot(comm, clip=1.0, tied=False)
+@pytest.mark.parametrize("axes", [{}, {"pp": 2}, {"tp": 2}], ids=str)
+def test_rows_of_a_table_are_rounded_once(axes: dict[str, int], comm: MPI.Comm,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse gradients, and a clipped norm, of which stages and teams have parts."""
+    if comm.size % prod(axes.values()) or comm.size == prod(axes.values()):
+        pytest.skip("no ranks to sum over")
+    config = of_one_slot(comm, micro_batch_size=2 * prod(axes.values()), clip=1.0, tied=False, model=DIVISIBLE,
+                         **axes)
     found, kinds = steps(config)
     expected = summed(config, monkeypatch)
     near = np.allclose(found[0], expected[0], rtol=1e-3) and np.allclose(found[1], expected[1], rtol=1e-2)
     everywhere(comm, kinds == {Unsummed} and near, f"{kinds} {found[:2]}, not {expected[:2]}")
+    far = {name: (value - expected[2][name]).abs().mean().item() for name, value in found[2].items()}
+    everywhere(comm, max(far.values()) < LR / 20, f"{far}")
 
 
 @pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("why", ["reproducible", "several slots", "somebody has two", "float32", "another collective",
-                                 "not compiled", "too many", "no shared memory", "a journal"])
+                                 "not compiled", "too many", "a journal", "compress", "nodes of one", "nodes of two"])
 def test_where_sums_are_needed_they_are_written(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     compiled = why != "not compiled"
     config = of_one_slot(comm, "ring" if why == "another collective" else "shared", reproducible=why == "reproducible",
@@ -92,8 +97,12 @@ def test_where_sums_are_needed_they_are_written(comm: MPI.Comm, monkeypatch: pyt
         config.data.global_batch_size += 2
     if why == "too many":
         monkeypatch.setattr(_unsummed, "MOST_ADDENDS", 1)
-    if why == "no shared memory":
-        monkeypatch.setattr(Unsummed, "build", classmethod(lambda *_: None))
+    if why == "compress":
+        config.sync.compress = "bf16"
+    if why == "nodes of two" and comm.size < 3:
+        pytest.skip("one node")
+    if why.startswith("nodes of"):
+        monkeypatch.setenv("MPILM_RANKS_PER_NODE", "1" if why.endswith("one") else "2")
     if why == "a journal":
         monkeypatch.setattr(allreduce.ulfm, "active", lambda: True)
     if why == "reproducible" and comm.size & (comm.size - 1):
@@ -102,6 +111,58 @@ def test_where_sums_are_needed_they_are_written(comm: MPI.Comm, monkeypatch: pyt
         core = build(config, world, precision="fp32" if why == "float32" else "bf16", compiled=compiled)
         kinds = {type(bucket.gradients) for bucket in core.sync.buckets}
     everywhere(comm, kinds == {Whole}, f"{kinds}")
+
+
+@pytest.mark.ranks(min=2)
+def test_over_nodes_steps_are_those_of_one(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which see nothing of each other: nobody may be content with the gradients of its own node."""
+    expected, _ = steps(of_one_slot(comm))
+    monkeypatch.setenv("MPILM_RANKS_PER_NODE", "1")
+    found, kinds = steps(of_one_slot(comm))
+    everywhere(comm, kinds == {Whole} and np.allclose(found[0], expected[0], rtol=1e-3), f"{found[0]}, {expected[0]}")
+    everywhere(comm, np.allclose(found[1], expected[1], rtol=1e-3), f"{found[1]}, not {expected[1]}")
+
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("fails", [range(99), range(1)], ids=["all", "the first"])
+def test_gradients_that_cannot_be_shared_are_summed(fails: range, comm: MPI.Comm,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any of the buckets."""
+    calls, allocate = itertools.count(), Node.allocate
+
+    def full(node, count, dtype):
+        if dtype == np.uint16 and next(calls) in fails:
+            raise SharedMemoryError("no space")
+        return allocate(node, count, dtype)
+
+    config = of_one_slot(comm, bucket_mib=0.1)
+    expected = summed(config, monkeypatch)
+    monkeypatch.setattr(Node, "allocate", full)
+    found, kinds = steps(config)
+    everywhere(comm, kinds == ({Whole} if len(fails) > 1 else {Whole, Unsummed}), f"{kinds}")
+    everywhere(comm, same(found, (expected[0], found[1], expected[2])), f"{found[:2]}, not {expected[:2]}")
+    everywhere(comm, np.allclose(found[1], expected[1], rtol=1e-5), f"{found[1]}, not {expected[1]}")
+
+
+@pytest.mark.ranks(min=2)
+def test_what_cannot_be_compiled_fails_before_anything_is_changed(comm: MPI.Comm,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the rank that has no room for it, say."""
+    def fail(*_):
+        raise RuntimeError("g++ was killed")
+
+    committed = []
+    with session() as world:
+        core = build(of_one_slot(comm), world, precision="bf16", compiled=True)
+        before = {name: p.detach().clone() for name, p in core.parameters().items()}
+        for name in before:
+            core.sync._take(name, torch.full_like(before[name], 1e-3))
+        monkeypatch.setattr(core.update, "_in_one_pass", fail)
+        core.update.begin(0)
+        with pytest.raises(RuntimeError, match="g\\+\\+ was killed"):
+            core.sync.step(core.update, lambda: committed.append(True))
+        kept = all(torch.equal(before[name], p) for name, p in core.parameters().items())
+        everywhere(comm, kept and not committed)
 
 
 @pytest.mark.ranks(min=2)

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mpilm import menu
-from mpilm.comm.devices._base import Array, Device
+from mpilm.comm.devices._base import ROW, Array, Device
 from mpilm.comm.devices.host import Host
 
-__all__ = ["HOST", "Array", "Device", "get", "names"]
+__all__ = ["HOST", "ROW", "Array", "Device", "get", "names"]
 
 HOST = Host()
 
