@@ -28,6 +28,11 @@ class Flat:
     states: tuple[torch.Tensor, ...]
     decay: bool
 
+    def part(self, part: slice) -> Flat:
+        """A part of it, the same memory."""
+        gradients, states = (tuple(array[part] for array in arrays) for arrays in (self.gradients, self.states))
+        return Flat(self.masters[part], self.weights[part], gradients, states, self.decay)
+
     def copy(self) -> Flat:
         """The same, of memory of its own."""
         masters, same = self.masters.clone(), self.weights.data_ptr() == self.masters.data_ptr()

@@ -65,6 +65,4 @@ class Journal:
 def _pieces(flats: Iterable[Flat]) -> Iterator[Flat]:
     for flat in flats:
         for start in range(0, flat.masters.numel(), PIECE):
-            part = slice(start, start + PIECE)
-            yield Flat(flat.masters[part], flat.weights[part], tuple(gradient[part] for gradient in flat.gradients),
-                       tuple(state[part] for state in flat.states), flat.decay)
+            yield flat.part(slice(start, start + PIECE))

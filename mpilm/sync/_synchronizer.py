@@ -35,6 +35,8 @@ from mpilm.sync._departures import Departures
 AnyBucket = TypeVar("AnyBucket", bound=Leaving)
 SummedBucket = TypeVar("SummedBucket", bound=Bucket)
 
+REHEARSED = 1 << 20     # elements: so many that all threads would share the work
+
 
 def nothing() -> None:
     """There is nothing to do."""
@@ -218,7 +220,7 @@ class Summing(Synchronizer[SummedBucket]):
         """Have compiled what the first update compiles, on copies: what fails then has changed nothing. Local."""
         first = next((flat for bucket in self.buckets for flat in bucket.flats()), None)
         if update.adds and not self.rehearsed and first is not None:
-            update.apply(first.copy(), scale)
+            update.apply(first.part(slice(0, REHEARSED)).copy(), scale)
         self.rehearsed = True
 
     def _norm(self) -> float:
