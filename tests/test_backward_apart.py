@@ -46,7 +46,7 @@ def test_rings_send_through_the_host(precision: str, comm: MPI.Comm) -> None:
     everywhere(comm, same(parallel(config, precision=precision), found), f"{found[:2]}")
 
 
-@pytest.mark.ranks(min=2)
+@pytest.mark.ranks(min=2, max=3)
 @pytest.mark.parametrize(("precision", "name", "how"), [
     ("fp32", "shared", Staged), ("fp32", "ring", Direct), ("bf16", "shared", Direct), ("bf16", "ring", Staged)])
 def test_teams_exchange_a_device_s_arrays(precision: str, name: str, how: type, comm: MPI.Comm) -> None:

@@ -55,6 +55,7 @@ def test_a_step_that_does_not_follow_its_thread_shows(way: str, comm: MPI.Comm,
     assert any(comm.allgather(wrong)), "the bits are right for all that"
 
 
+@pytest.mark.ranks(max=3)      # as the next one: nothing is new with four, and it takes long
 @pytest.mark.parametrize(("way", "code"), [*(("allreduce", name) for name in compress.names()), ("level 2", "none")])
 @pytest.mark.parametrize("how", [Direct, Staged])
 def test_arrays_need_not_be_numpys(way: str, code: str, how: type, comm: MPI.Comm) -> None:
@@ -76,6 +77,7 @@ def test_stages_send_through_the_host(schedule: str, comm: MPI.Comm) -> None:
     everywhere(comm, same(alone(configuration(), precision="bf16"), found), f"{found[:2]}")
 
 
+@pytest.mark.ranks(max=3)
 @pytest.mark.parametrize("how", [Direct, Staged])
 @pytest.mark.parametrize("fragments", [0, 2])
 def test_replicas_that_train_by_themselves(fragments: int, how: type, comm: MPI.Comm) -> None:
