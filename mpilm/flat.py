@@ -28,6 +28,11 @@ class Flat:
     states: tuple[torch.Tensor, ...]
     decay: bool
 
+    @property
+    def apart(self) -> bool:
+        """Whether `weights` are other memory than `masters`."""
+        return self.weights.data_ptr() != self.masters.data_ptr()
+
     def part(self, part: slice) -> Flat:
         """A part of it, the same memory."""
         gradients, states = (tuple(array[part] for array in arrays) for arrays in (self.gradients, self.states))
@@ -35,9 +40,9 @@ class Flat:
 
     def copy(self) -> Flat:
         """The same, of memory of its own."""
-        masters, same = self.masters.clone(), self.weights.data_ptr() == self.masters.data_ptr()
+        masters = self.masters.clone()
         gradients, states = (tuple(array.clone() for array in arrays) for arrays in (self.gradients, self.states))
-        return Flat(masters, masters if same else self.weights.clone(), gradients, states, self.decay)
+        return Flat(masters, self.weights.clone() if self.apart else masters, gradients, states, self.decay)
 
 
 class Update(Protocol):

@@ -110,9 +110,8 @@ class Update:
     def apply(self, flat: Flat, scale: float) -> None:
         """One AdamW update of a run of flat memory; its gradients may be used up."""
         if self._in_one_pass is not None:
-            masters, weights, *states = map(rebased, (flat.masters, flat.weights, *flat.states))
-            apart = weights.data_ptr() != masters.data_ptr()
-            self._in_one_pass(masters, weights if apart else None, tuple(map(rebased, flat.gradients)), *states,
+            self._in_one_pass(rebased(flat.masters), rebased(flat.weights) if flat.apart else None,
+                              tuple(map(rebased, flat.gradients)), *map(rebased, flat.states),
                               *self._factors(scale, decay=flat.decay))
             return
         gradient, = flat.gradients
@@ -123,7 +122,7 @@ class Update:
         whole = (flat.masters, flat.weights, gradient, *flat.states)
         for masters, weights, gradients, m, v in zip(*(array.split(length) for array in whole), strict=True):
             self._apply_chunk(masters, gradients, m, v, number, divisor, decay=flat.decay)
-            if weights.data_ptr() != masters.data_ptr():
+            if flat.apart:
                 weights.copy_(masters)
 
     def _apply_chunk(self, masters: Tensor, gradients: Tensor, m: Tensor, v: Tensor, number: Tensor, divisor: Tensor, *,
@@ -155,7 +154,7 @@ class Sgd(Update):
         if flat.decay:
             gradient.add_(flat.masters, alpha=self.optim.weight_decay)
         flat.masters.sub_(gradient, alpha=self.lr)
-        if flat.weights.data_ptr() != flat.masters.data_ptr():
+        if flat.apart:
             flat.weights.copy_(flat.masters)
 
 

@@ -14,6 +14,7 @@ stages, in full precision, so their number does not enter it. What several of th
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from abc import ABC, abstractmethod
@@ -218,10 +219,11 @@ class Summing(Synchronizer[SummedBucket]):
 
     def _rehearse(self, update: Update, scale: float) -> None:
         """Have compiled what the first update compiles, on copies: what fails then has changed nothing. Local."""
-        first = next((flat for bucket in self.buckets for flat in bucket.flats()), None)
-        if update.adds and not self.rehearsed and first is not None:
-            update.apply(first.part(slice(0, REHEARSED)).copy(), scale)
+        if self.rehearsed or not update.adds:
+            return
         self.rehearsed = True
+        for flat in itertools.islice((flat for bucket in self.buckets for flat in bucket.flats()), 1):
+            update.apply(flat.part(slice(0, REHEARSED)).copy(), scale)
 
     def _norm(self) -> float:
         """Of the gradients that the ranks of all stages have before them. Collective over `stages`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from math import prod
 
 import numpy as np
 import pytest
@@ -74,9 +73,9 @@ def test_steps_have_the_bits_of_written_sums(comm: MPI.Comm, monkeypatch: pytest
 def test_rows_of_a_table_are_rounded_once(axes: dict[str, int], comm: MPI.Comm,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Sparse gradients, and a clipped norm, of which stages and teams have parts."""
-    if comm.size % prod(axes.values()) or comm.size == prod(axes.values()):
+    if comm.size % math.prod(axes.values()) or comm.size == math.prod(axes.values()):
         pytest.skip("no ranks to sum over")
-    config = of_one_slot(comm, micro_batch_size=2 * prod(axes.values()), clip=1.0, tied=False, model=DIVISIBLE,
+    config = of_one_slot(comm, micro_batch_size=2 * math.prod(axes.values()), clip=1.0, tied=False, model=DIVISIBLE,
                          **axes)
     found, kinds = steps(config)
     expected = summed(config, monkeypatch)
