@@ -73,8 +73,8 @@ class Update(Protocol):
 
 
 def add(addends: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Their sum, float32, from the first to the last."""
-    total = addends[0].float()
-    for addend in addends[1:]:
-        total = total + addend.float()
-    return total
+    """Their sum, float32, in the order of comm/order.py's `tree`."""
+    if len(addends) == 1:
+        return addends[0].float()
+    middle = len(addends) // 2
+    return add(addends[:middle]) + add(addends[middle:])

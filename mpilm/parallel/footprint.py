@@ -90,13 +90,14 @@ def _division(config: Config, ranks: int, stage: int, work: Work, ranks_per_node
     dp = ranks // (parallel.pp * parallel.cp * parallel.tp)
     slots = [len(run) for run in layout.slots(config, dp, reproducible=config.run.reproducible)]
     level = sync.level if sync.kind == "sharded" else 0
-    plain = sync.kind == "allreduce" and sync.compress == "none" and not config.run.reproducible
+    plain = sync.kind == "allreduce" and sync.compress == "none" and len(set(slots)) == 1
     division = Division(dp * parallel.cp, _sharing(config, dp, stage, ranks_per_node),
                         level if len(set(slots)) == 1 else min(level, 1),       # as sync/sharded.py does
                         parallel.tp, work.element, max(slots), config.run.reproducible)
-    unsummed = (plain and work.compiled and 1 < division.sharing == division.replicas <= MOST_ADDENDS
-                and division.num_slots == 1)        # as sync/allreduce.py does
-    return replace(division, gradient=work.element) if unsummed else division
+    unsummed = division.num_slots * work.element // division.buffers    # bytes, as sync/allreduce.py has them
+    able = (plain and work.compiled and 1 < division.sharing == division.replicas
+            and division.replicas * division.num_slots <= MOST_ADDENDS and unsummed <= memory.FLOAT)
+    return replace(division, gradient=unsummed) if able else division
 
 
 def _sharing(config: Config, dp: int, stage: int, ranks_per_node: int) -> int:

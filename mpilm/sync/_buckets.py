@@ -154,17 +154,17 @@ class Replica(Bucket):
 
     Args:
         blocks: float64, one for every BLOCK of its gradients, for all owners.
-        need_no_sums: Gradients may be used unsummed.
+        unsummed: Builds gradients that are not summed, where they may be.
     """
 
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, blocks: Array, *,
                  states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit],
-                 repeated: Collection[str], need_no_sums: bool) -> None:
+                 repeated: Collection[str], unsummed: Callable[[Layout, Any, slice], Unsummed | None] | None) -> None:
         count, self.cut = layout.count, segments(layout.count, owners.comm.size)
         device = collective.device
         own = self.cut[owners.comm.rank]
-        unsummed = Unsummed.build(layout, collective, own, dtype) if need_no_sums else None
-        gradients = unsummed or Whole(layout, collective.allocate, reduce, own, visits)
+        gradients = (unsummed(layout, collective, own) if unsummed else None) or Whole(
+            layout, collective.allocate, reduce, own, visits)
         super().__init__(layout, own, gradients, repeated, device)
         self.collective = collective
         self.common = {name: owners.allocate_common(count, np.float32, device) for name in (MASTERS, *states)}

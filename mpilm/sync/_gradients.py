@@ -28,7 +28,7 @@ from mpilm.comm.collectives import Then, nothing_more
 from mpilm.comm.devices import Device
 from mpilm.comm.worker import Call, Inline, Worker
 from mpilm.sync._layout import Layout, Member
-from mpilm.sync._slots import Visit
+from mpilm.sync._slots import Visit, num_buffers
 
 Allocate = Callable[[int, npt.DTypeLike], Any]
 
@@ -112,7 +112,7 @@ class Whole(Written):
     def __init__(self, layout: Layout, allocate: Allocate, reduce: Reduce, own: slice, visits: Sequence[Visit]) -> None:
         self.reduced, self._reduce, self.visits = allocate(layout.count, np.float32), reduce, visits
         whole = bridge.tensor(self.reduced, torch.float32)
-        self.buffers = [whole, *(torch.zeros_like(whole) for _ in range(_buffers(visits) - 1))]
+        self.buffers = [whole, *(torch.zeros_like(whole) for _ in range(num_buffers(visits) - 1))]
         self.own, self.values = whole[own], self.reduced[own]
         self.nbytes = len(self.buffers) * self.reduced.nbytes
 
@@ -157,7 +157,7 @@ class Passing(Written):
     def __init__(self, layout: Layout, collective: Any, own: slice, visits: Sequence[Visit], room: Room) -> None:
         self.layout, self.collective, self.segment, self.visits, self.room = layout, collective, own, visits, room
         self.sums = [torch.zeros(own.stop - own.start, device=collective.device.torch)
-                     for _ in range(_buffers(visits))]
+                     for _ in range(num_buffers(visits))]
         self.own, self.values = self.sums[0], bridge.array(self.sums[0])
         self.nbytes = sum(total.nbytes for total in self.sums)
         self.places: dict[int, Any] = {}     # by slot: a backward pass in two halves has several under way
@@ -203,7 +203,8 @@ def count(buffers: Sequence[torch.Tensor], run: slice, visit: Visit, gradient: t
     if visit.fresh:
         put(gradient, into)
     elif gradient is not None and gradient.is_sparse:
-        into.view(gradient.shape).index_add_(0, *_rows(gradient))
+        rows, sums = _rows(gradient)
+        into.view(gradient.shape).index_add_(0, rows, sums.to(into.dtype))
     elif gradient is not None:
         into.add_(gradient.reshape(-1))
     for lower in range(visit.into - 1, visit.into - 1 - visit.folds, -1):
@@ -222,14 +223,12 @@ def put(gradient: torch.Tensor | None, into: torch.Tensor) -> None:
 
 
 def _rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(numbers of the rows of a sparse gradient, each once; float32 sums of what it has for each, in its order).
+    """(numbers of the rows of a sparse gradient, each once; the sums of what it has for each, in its order and dtype).
 
-    A slot is summed by itself before it is added to others: so a sum does not depend on which slots a rank has.
+    A slot is summed by itself, and rounded as its other gradients are, before it is added to others: so a sum does not
+    depend on which slots a rank has, nor on where they are added up.
     """
     values = gradient._values()
     rows, places = gradient._indices()[0].unique(return_inverse=True)
-    return rows, torch.zeros(len(rows), *values.shape[1:], dtype=torch.float32).index_add_(0, places, values.float())
-
-
-def _buffers(visits: Sequence[Visit]) -> int:
-    return 1 + max(visit.into for visit in visits)
+    sums = torch.zeros(len(rows), *values.shape[1:], dtype=torch.float32).index_add_(0, places, values.float())
+    return rows, sums.to(values.dtype)

@@ -11,6 +11,7 @@ So log2(num_slots) buffers suffice, and one for a rank of one or two slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -24,9 +25,9 @@ class Visit:
     folds: int
 
 
-def num_buffers(num_slots: int) -> int:
-    """Buffers that the binary counter of `num_slots` slots needs; at least one."""
-    return max(1, (num_slots - 1).bit_length())
+def num_buffers(visits: Sequence[Visit]) -> int:
+    """How many they use; of the binary counter the number of bits that the last slot's number has."""
+    return 1 + max(visit.into for visit in visits)
 
 
 def tree_visits(num_slots: int) -> list[Visit]:

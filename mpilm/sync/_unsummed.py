@@ -1,17 +1,19 @@
 """Gradients that nobody sums before they are used: the update of a segment reads what every rank has there.
 
-    rank 0's gradients   [ segment 0 | segment 1 ]     bf16, as the backward pass made them
-    rank 1's gradients   [ segment 0 | segment 1 ]
-    rank r's update      masters, states and weights of segment r <- both ranks' gradients of segment r
+    rank 0, slot 0   [ segment 0 | segment 1 ]     bf16, as the backward pass made them
+            slot 1   [ segment 0 | segment 1 ]
+    rank 1, slot 2   [ segment 0 | segment 1 ]
+            slot 3   [ segment 0 | segment 1 ]
+    rank r's update  masters, states and weights of segment r <- all slots' gradients of segment r
 
 Where ranks see each other's memory, a sum that is written down is written to be read once. Without it a step of two
-ranks moves a quarter fewer bytes, and memory is what additions and updates wait for. Sums are float32, made twice: for
-the norm, and for the update.
+ranks moves a quarter fewer bytes, and memory is what additions and updates wait for. Sums are float32, along the tree
+over all slots, and made twice: for the norm, and for the update. So their bits are those of written sums; the norm's
+are where that is asked for, which takes a place to write them down for a moment.
 
-That takes an update that is compiled, so that a sum stays in registers; a step of one slot, because slots are added up
-in float32; no bits to be kept, which are those of a written sum; no compression; ranks that are all on one node, and
-not too many, because a core reads so many streams at once; and nobody who outlives others and finishes their updates.
-The rows of a sparse gradient are summed in float32, as ever, and then rounded.
+That takes an update that is compiled, so that a sum stays in registers; as many slots on every rank, and no more memory
+for them than for their sum; no compression; ranks that are all on one node; not too many addends, because a core reads
+so many streams at once; and nobody who outlives others and finishes their updates.
 """
 
 from __future__ import annotations
@@ -25,41 +27,46 @@ import torch
 from torch import Tensor
 
 from mpilm import bridge
+from mpilm.comm import arrays
 from mpilm.comm.collectives import Then
 from mpilm.comm.devices import ROW, Device
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Call
-from mpilm.flat import MOST_ADDENDS, add
+from mpilm.flat import add
 from mpilm.sync._gradients import put
 from mpilm.sync._layout import Layout, Member
 
+CHUNK = 64 * BLOCK  # sums that are written down for the norm: a call costs little beside them
+
 
 class Unsummed:
-    """Gradients of one slot a step, in the dtype of the weights.
+    """Gradients in the dtype of the weights, which is not float32.
 
     Args:
-        mine: Those that I collect.
-        addends: Everyone's, as far as my segment goes.
+        mine: Those that I collect, slot by slot.
+        addends: Everyone's, as far as my segment goes, rank by rank.
+        exact: Sums of squares have the bits of a sum that is in memory.
     """
 
-    def __init__(self, mine: Tensor, addends: Sequence[Tensor]) -> None:
-        self.mine, self.addends, self.nbytes = mine, tuple(addends), mine.nbytes
+    def __init__(self, mine: Sequence[Tensor], addends: Sequence[Tensor], *, exact: bool) -> None:
+        self.mine, self.addends, self.nbytes = mine, tuple(addends), sum(slot.nbytes for slot in mine)
+        self.exact = exact
 
     @classmethod
-    def build(cls, layout: Layout, collective: Any, own: slice, dtype: torch.dtype) -> Unsummed | None:
-        """Over the owners of a collective; None where they do not see each other's memory, or are too many. Collective
-        over it."""
-        if collective.owners.size > MOST_ADDENDS:
-            return None
-        mine = collective.allocate(layout.count, bridge.array_dtype(dtype))
-        everyone = [collective.seen(mine, owner) for owner in range(collective.owners.size)]
+    def build(cls, layout: Layout, collective: Any, own: slice, *, dtype: torch.dtype, num_slots: int,
+              exact: bool) -> Unsummed | None:
+        """Over the owners of a collective, each of so many slots; None where they do not see each other's memory.
+        Collective over it."""
+        mine = [collective.allocate(layout.count, bridge.array_dtype(dtype)) for _ in range(num_slots)]
+        everyone = [collective.seen(slot, owner) for owner in range(collective.owners.size) for slot in mine]
         if any(one is None for one in everyone):
             return None
-        return cls(bridge.tensor(mine, dtype), [bridge.tensor(one, dtype)[own] for one in everyone])
+        return cls([bridge.tensor(slot, dtype) for slot in mine], [bridge.tensor(one, dtype)[own] for one in everyone],
+                   exact=exact)
 
     def visit(self, member: Member, slot: int, gradient: Tensor | None) -> None:
         """As Gradients."""
-        put(gradient, self.mine[member.start:member.start + member.count])
+        put(gradient, self.mine[slot][member.start:member.start + member.count])
 
     def depart(self, slot: int) -> Callable[[Then], None]:
         """As Gradients: they stay where they are."""
@@ -70,8 +77,14 @@ class Unsummed:
 
     def squares(self, device: Device, part: slice, out: Any) -> None:
         """As Summed, once all ranks have their gradients there."""
-        rows = compiled_squares()([bridge.rebased(addend[part]) for addend in self.addends])
-        np.sum(rows.numpy().reshape(-1, BLOCK // ROW), axis=1, dtype=np.float64, out=out)
+        addends = [addend[part] for addend in self.addends]
+        if not self.exact:
+            rows = compiled(squares)([bridge.rebased(addend) for addend in addends])
+            np.sum(rows.numpy().reshape(-1, BLOCK // ROW), axis=1, dtype=np.float64, out=out)
+            return
+        for chunk in arrays.chunks(0, part.stop - part.start, CHUNK):
+            sums = compiled(add)([bridge.rebased(addend[chunk]) for addend in addends])
+            device.squares(sums.numpy(), out[chunk.start // BLOCK:chunk.stop // BLOCK])
 
 
 def nothing_to_send(then: Then) -> None:
@@ -79,9 +92,9 @@ def nothing_to_send(then: Then) -> None:
 
 
 @cache
-def compiled_squares() -> Callable[[Sequence[Tensor]], Tensor]:
-    """`squares`, compiled on its first call."""
-    return torch.compile(squares, dynamic=True)
+def compiled(over: Callable[[Sequence[Tensor]], Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
+    """`add` or `squares`, compiled on its first call."""
+    return torch.compile(over, dynamic=True)
 
 
 def squares(addends: Sequence[Tensor]) -> Tensor:

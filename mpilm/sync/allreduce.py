@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -22,12 +23,12 @@ from mpilm.comm import arrays
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline, Worker
-from mpilm.flat import Flat, Update
+from mpilm.flat import MOST_ADDENDS, Flat, Update
 from mpilm.sync._buckets import MASTERS, Read, Replica, Run
 from mpilm.sync._compressed import Compress
 from mpilm.sync._journal import Journal
 from mpilm.sync._layout import described, lay_out
-from mpilm.sync._slots import running_visits, tree_visits
+from mpilm.sync._slots import num_buffers, running_visits, tree_visits
 from mpilm.sync._synchronizer import Summing
 from mpilm.sync._unsummed import Unsummed
 
@@ -62,13 +63,15 @@ class Allreduce(Summing[Replica]):
         outlived = ulfm.active() and self.owners.comm.size > 1
         self.journal = Journal(self.owners, len(update.STATES)) if outlived else None
         # What a rank that died has left can be finished from written sums only (`inherit`).
-        need_no_sums = _need_no_sums(collective, self.owners, plain=not reproducible and compress.way is None,
-                                     able=update.adds and dtype != torch.float32 and num_slots == 1 and not outlived)
+        able = (compress.way is None and update.adds and not outlived and dtype != torch.float32
+                and num_slots * dtype.itemsize <= num_buffers(visits) * FLOAT_BYTES)
+        unsummed = (partial(Unsummed.build, dtype=dtype, num_slots=num_slots, exact=reproducible)
+                    if _need_no_sums(collective, self.owners, num_slots, able=able) else None)
         counts = [layout.count // BLOCK for layout in layouts]
         self.blocks = self.owners.allocate_common(sum(counts), np.float64, collective.device)
         buckets = [Replica(layout, collective, compress(layout, collective, collective.reduce), self.owners,
                            self.blocks[stop - count:stop], states=update.STATES, dtype=dtype, visits=visits,
-                           repeated=repeated, need_no_sums=need_no_sums)
+                           repeated=repeated, unsummed=unsummed)
                    for layout, count, stop in zip(layouts, counts, accumulate(counts), strict=True)]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)
         self.apply: Callable[[Flat], None] | None = None    # what the last update did
@@ -136,9 +139,9 @@ class Allreduce(Summing[Replica]):
         self.owners.free()
 
 
-def _need_no_sums(collective: Any, owners: Node, *, plain: bool, able: bool) -> bool:
+def _need_no_sums(collective: Any, owners: Node, num_slots: int, *, able: bool) -> bool:
     """Whether gradients can be used unsummed; the same on all ranks, who may have different numbers of slots.
     Collective over the collective's communicator."""
-    together = 1 < owners.comm.size == collective.comm.size
-    everywhere: bool = collective.comm.allreduce(plain and able and together, op=MPI.LAND)
-    return everywhere
+    few = 1 < owners.comm.size == collective.comm.size and owners.comm.size * num_slots <= MOST_ADDENDS
+    told: list[tuple[int, bool]] = collective.comm.allgather((num_slots, able and few))
+    return told == [(num_slots, True)] * len(told)

@@ -12,7 +12,7 @@ from mpilm.model.activations import Work
 from mpilm.model.gpt import GPT
 from mpilm.model.memory import Division
 from mpilm.model.shape import Shape
-from mpilm.sync import _gradients, _slots, sharded
+from mpilm.sync import _slots, sharded
 from tests.memory_cases import SHAPE, kept, part_of
 
 pytestmark = pytest.mark.serial
@@ -57,7 +57,7 @@ def test_numbers_that_stand_in_two_places_agree():
     assert (memory.BLOCK, memory.NUM_ROOMS, activations.CHUNK) == (order.BLOCK, sharded.NUM_ROOMS, head.CHUNK)
     for num_slots in (1, 2, 4, 8, 64):
         division = Division(num_slots=num_slots, reproducible=True)
-        assert division.buffers == _slots.num_buffers(num_slots) == _gradients._buffers(_slots.tree_visits(num_slots))
+        assert division.buffers == _slots.num_buffers(_slots.tree_visits(num_slots))
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,13 +14,14 @@ from mpilm import optim
 from mpilm.comm.devices import HOST
 from mpilm.comm.node import Node, SharedMemoryError
 from mpilm.comm.order import BLOCK
+from mpilm.flat import add
 from mpilm.launch import session
 from mpilm.model.gpt import GPT
-from mpilm.sync import _unsummed, allreduce
+from mpilm.sync import allreduce
 from mpilm.sync._gradients import Whole
 from mpilm.sync._unsummed import Unsummed
 from tests.helpers import everywhere
-from tests.training_cases import DIVISIBLE, build, configuration, course, same
+from tests.training_cases import DIVISIBLE, alone, build, configuration, course, same
 
 pytestmark = pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
 BLOCKS, STEPS, LR = 6, 3, 1e-2
@@ -52,7 +53,7 @@ def steps(config, precision="bf16", *, compiled=True):
 def summed(config, monkeypatch):
     """The same with written sums, by the same compiled update."""
     with monkeypatch.context() as patch:
-        patch.setattr(Unsummed, "build", lambda *_: None)
+        patch.setattr(Unsummed, "build", lambda *_, **__: None)
         found, kinds = steps(config)
     assert kinds == {Whole}
     return found
@@ -67,6 +68,43 @@ def test_steps_have_the_bits_of_written_sums(comm: MPI.Comm, monkeypatch: pytest
     everywhere(comm, same(found, (expected[0], found[1], expected[2])), f"{found[:2]}, not {expected[:2]}")
     everywhere(comm, np.allclose(found[1], expected[1], rtol=1e-5), f"{found[1]}, not {expected[1]}")
 
+
+@pytest.mark.ranks(min=2)
+@pytest.mark.parametrize("axes", [{}, {"pp": 2}, {"tp": 2}, {"cp": 2}], ids=str)
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_in_reproducible_mode_all_bits_are_those_of_one_rank(slots: int, axes: dict[str, int], comm: MPI.Comm,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped by norms, with the rows of a table, along the tree over all slots; and those of written sums."""
+    replicas = comm.size // math.prod(axes.values())
+    if comm.size % math.prod(axes.values()) or replicas & (replicas - 1) or slots * replicas > 8:
+        pytest.skip("no such tree")
+    if replicas == 1 and "cp" not in axes:
+        pytest.skip("no ranks to sum over")
+    config = configuration("shared", sequences=slots * replicas, steps=STEPS, model=DIVISIBLE, clip=0.5, **axes)
+    with session() as world:
+        core = build(config, world, precision="bf16", compiled=True)
+        kinds = {type(bucket.gradients) for bucket in core.sync.buckets}
+        found = course(core, config)
+        world.comm.Barrier()
+    everywhere(comm, kinds == {Unsummed}, f"{kinds}")
+    with monkeypatch.context() as patch, session() as world:
+        patch.setattr(Unsummed, "build", lambda *_, **__: None)
+        written = course(build(config, world, precision="bf16", compiled=True), config)
+        world.comm.Barrier()
+    everywhere(comm, same(found, written), f"{found[:2]}, not {written[:2]}")
+    if not axes:
+        one = alone(config, precision="bf16", compiled=True)
+        everywhere(comm, same(found, one), f"{found[:2]}, not {one[:2]}")
+
+
+@pytest.mark.ranks(min=2)
+def test_two_slots_are_kept_apart_in_fast_mode(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need no more memory than their sum."""
+    config = of_one_slot(comm, micro_batch_size=1)
+    found, kinds = steps(config)
+    expected = summed(config, monkeypatch)
+    everywhere(comm, kinds == {Unsummed}, f"{kinds}")
+    everywhere(comm, np.allclose(found[0] + found[1], expected[0] + expected[1], rtol=1e-3), f"{found}, {expected}")
 
 @pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("axes", [{}, {"pp": 2}, {"tp": 2}], ids=str)
@@ -86,16 +124,19 @@ def test_rows_of_a_table_are_rounded_once(axes: dict[str, int], comm: MPI.Comm,
 
 
 @pytest.mark.ranks(min=2)
-@pytest.mark.parametrize("why", ["reproducible", "several slots", "somebody has two", "float32", "another collective",
-                                 "not compiled", "too many", "a journal", "compress", "nodes of one", "nodes of two"])
+@pytest.mark.parametrize("why", ["three slots", "eight slots of a tree", "somebody has two", "float32",
+                                 "another collective", "not compiled", "too many", "a journal", "compress",
+                                 "nodes of one", "nodes of two"])
 def test_where_sums_are_needed_they_are_written(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     compiled = why != "not compiled"
-    config = of_one_slot(comm, "ring" if why == "another collective" else "shared", reproducible=why == "reproducible",
-                         micro_batch_size=1 if why == "several slots" else 2)
+    config = of_one_slot(comm, "ring" if why == "another collective" else "shared",
+                         reproducible=why == "eight slots of a tree", micro_batch_size=1 if "slots" in why else 2)
+    if "slots" in why:
+        config.data.global_batch_size = comm.size * (3 if why == "three slots" else 8)
     if why == "somebody has two":
         config.data.global_batch_size += 2
     if why == "too many":
-        monkeypatch.setattr(_unsummed, "MOST_ADDENDS", 1)
+        monkeypatch.setattr(allreduce, "MOST_ADDENDS", 1)
     if why == "compress":
         config.sync.compress = "bf16"
     if why == "nodes of two" and comm.size < 3:
@@ -104,7 +145,7 @@ def test_where_sums_are_needed_they_are_written(comm: MPI.Comm, monkeypatch: pyt
         monkeypatch.setenv("MPILM_RANKS_PER_NODE", "1" if why.endswith("one") else "2")
     if why == "a journal":
         monkeypatch.setattr(allreduce.ulfm, "active", lambda: True)
-    if why == "reproducible" and comm.size & (comm.size - 1):
+    if why == "eight slots of a tree" and comm.size & (comm.size - 1):
         pytest.skip("no power of two of slots")
     with session() as world:
         core = build(config, world, precision="fp32" if why == "float32" else "bf16", compiled=compiled)
@@ -174,7 +215,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(comm: MPI.Com
         for name in before:
             core.sync._take(name, torch.full_like(before[name], 1e-3))
         if world.rank == world.size - 1:
-            core.sync.buckets[-1].gradients.mine[5] = math.nan
+            core.sync.buckets[-1].gradients.mine[0][5] = math.nan
         core.update.begin(0)
         core.sync.step(core.update)
         kept = all(torch.equal(before[name], p) for name, p in core.parameters().items())
@@ -191,16 +232,21 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(comm: MPI.Com
 
 @pytest.mark.serial
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_squares_are_those_of_the_sum(number: int) -> None:
-    """Of float32 sums, block by block, in any part."""
+@pytest.mark.parametrize("exact", [False, True])
+def test_squares_are_those_of_the_sum(number: int, exact: bool) -> None:
+    """Of float32 sums, block by block, in any part; to the bit, where that is asked for."""
     draw = torch.Generator().manual_seed(number)
     addends = [torch.randn(BLOCKS * BLOCK, generator=draw).bfloat16() for _ in range(number)]
     found = np.zeros(BLOCKS)
-    gradients = Unsummed(addends[0], addends)
+    gradients = Unsummed(addends[:1], addends, exact=exact)
     for part in (slice(0, 2 * BLOCK), slice(2 * BLOCK, 3 * BLOCK), slice(3 * BLOCK, BLOCKS * BLOCK)):
         gradients.squares(HOST, part, found[part.start // BLOCK:part.stop // BLOCK])
-    exact = sum(addend.double() for addend in addends).view(BLOCKS, BLOCK).square().sum(1)
-    np.testing.assert_allclose(found, exact.numpy(), rtol=1e-6)
+    expected = sum(addend.double() for addend in addends).view(BLOCKS, BLOCK).square().sum(1)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+    if exact:
+        written = np.zeros(BLOCKS)
+        HOST.squares(add(addends).numpy(), written)
+        assert found.tolist() == written.tolist()
 
 
 @pytest.mark.serial
