@@ -5,9 +5,10 @@
 
 Every contender is a program of its own, started once and warmed up, which then waits for its turns (see _jobs.py and
 _rounds.py). "ddp" and "fsdp2" are a process a rank with the rank's cores, "single" is one process with all of them;
-"-compile" is torch.compile, "-tuned" the malloc settings that ours starts under. Values are tokens/s over all ranks,
-medians over the rounds. Cases "... peak PSS" and "... peak RSS" are MiB of the largest process: its share of what
-processes map together, in steps after warming up; and all that it ever mapped.
+"-compile" is torch.compile, "-tuned" the malloc settings that ours starts under; "mpilm-reproducible" has the bits of
+any number of ranks, which takes smaller micro-batches, and "mpilm-slots" has these without the bits. Values are
+tokens/s over all ranks, medians over the rounds. Cases "... peak PSS" and "... peak RSS" are MiB of the largest
+process: its share of what processes map together, in steps after warming up; and all that it ever mapped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mpilm.bench._contenders import Case, Who
 from mpilm.bench._contest import MIB, Emit, emit_memory, emit_speed, measure, parse_cases, shared_cores
 from mpilm.bench._rounds import Plan, Results, reference
 
-OURS = ("mpilm", "mpilm-reproducible")
+OURS = tuple(name for name in _contenders.names() if _contenders.parse(name).ours)
 
 
 def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str, rounds: int, steps: int) -> str:

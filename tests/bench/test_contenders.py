@@ -7,6 +7,7 @@ import pytest
 from mpilm import startup
 from mpilm.bench import _contenders
 from mpilm.bench._child import share
+from mpilm.bench._contenders import CASES, mpilm
 from mpilm.bench._jobs import environment
 from mpilm.log import UserError
 
@@ -15,8 +16,8 @@ PEERS = ["ddp", "ddp-compile", "fsdp2", "single", "single-compile"]
 
 def test_names_are_those_people_ask_for():
     names = _contenders.names()
-    assert names[:2] == ["mpilm", "mpilm-reproducible"]
-    assert set(names[2:]) == {*PEERS, *(f"{name}-tuned" for name in PEERS)}
+    assert names[:3] == ["mpilm", "mpilm-reproducible", "mpilm-slots"]
+    assert set(names[3:]) == {*PEERS, *(f"{name}-tuned" for name in PEERS)}
 
 
 @pytest.mark.parametrize("file", _contenders.files())
@@ -31,6 +32,13 @@ def test_a_name_is_taken_apart():
     who = _contenders.parse("ddp-compile-tuned")
     assert (who.file, who.variants, who.tuned, who.ours) == ("ddp", {"compile"}, True, False)
     assert _contenders.parse("mpilm-reproducible").ours
+
+
+def test_slots_are_those_of_reproducible_mode():
+    """So that only the bits are between them."""
+    by = [mpilm.configuration(CASES["tiny"], reproducible=mode, micro_batches=mpilm.SLOTS) for mode in (True, False)]
+    assert by[0].data == by[1].data
+    assert [config.run.reproducible for config in by] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["", "horovod", "ddp-reproducible", "mpilm-tuned", "_llama"])

@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from mpilm.comm import collectives, order
 from mpilm.comm.arrays import address, fetch
-from mpilm.comm.collectives import Collective
+from mpilm.comm.collectives import Collective, _pipeline
 from mpilm.comm.node import Node
 from mpilm.log import UserError
 from tests.comm import cases, places
@@ -59,6 +59,31 @@ def test_sums_like_numpy_and_all_ranks_hold_the_same_bits(
     got = fetch(buffer)
     everywhere(comm, cases.close(got, cases.expected(comm.size, count, dtype, seed), comm.size), "the sum")
     same_everywhere(comm, got)
+
+
+@pytest.mark.parametrize("where", ["in a node", "in a node with little room", "between nodes"])
+@pytest.mark.parametrize("name", ["ring", "tree"])
+def test_messages_of_any_length_make_the_same_sums(name: str, where: str, comm: MPI.Comm,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer ones within a node than between nodes, in one block or in many."""
+    if where == "between nodes":
+        monkeypatch.setenv("MPILM_RANKS_PER_NODE", "1")
+    if where == "in a node with little room":
+        monkeypatch.setattr(_pipeline, "NODE_SEGMENT_BYTES", 2**17)
+    node = Node.build(comm)
+    built = cases.build(name, comm, node)
+    if built is None:
+        pytest.skip(f"{name} does not take {comm.size} ranks")
+    for count, dtype in ((2_500_001, "float32"), (1_100_003, "int64")):
+        buffer = built.allocate(count, dtype)
+        for sum_up in (built.allreduce, lambda values: (built.reduce_scatter(values), built.allgather(values))):
+            buffer[:] = cases.values(comm.rank, count, dtype, seed=1)
+            sum_up(buffer)
+            expected = cases.expected(comm.size, count, dtype, seed=1)
+            everywhere(comm, cases.close(buffer, expected, comm.size), f"{count} x {dtype}")
+            same_everywhere(comm, buffer)
+    built.free()
+    node.free()
 
 
 @settings(max_examples=10)

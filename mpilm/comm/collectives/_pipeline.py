@@ -1,13 +1,15 @@
 """Runs a schedule of exchanges over a buffer, block by block, two blocks at a time.
 
 A schedule says for one block what a rank sends and receives at every stage; this is all that ring and tree differ in.
-Blocks are small enough to stay in the cache between their stages, and they take turns in pairs:
+Blocks take turns in pairs:
 
     block 0   stage 0           stage 1           ...
     block 1           stage 0           stage 1   ...
 
-One block's addition runs while the other's message is in flight. A buffer that fits in the cache anyway is one block:
-there the fewest messages are the fastest.
+Between nodes one block's addition runs while the other's message is in flight, and blocks are small enough to stay in
+the cache between their stages. Within a node the ranks' cores are what moves messages, so nothing runs beside them, and
+every message is a chance to wait for each other: there the fewest are the fastest, and a block is all that there is
+room for. So is a buffer that fits in the cache anyway.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ import numpy as np
 from mpi4py import MPI
 
 from mpilm.comm import arrays, p2p
-from mpilm.comm.devices import Array
+from mpilm.comm.devices import HOST, Array
+from mpilm.comm.node import Node
 from mpilm.comm.transport import ON_HOST, Transport
 
 WHOLE_BYTES = 4 * 2**20  # a buffer up to this length is one block
+SEGMENT_BYTES = 2**20  # a rank's own part of a block; measured: shorter ones are slower
+NODE_SEGMENT_BYTES = 64 * 2**20  # the same within a node: what lands beside the buffer
 
 
 class Stage(NamedTuple):
@@ -39,22 +44,29 @@ class Stage(NamedTuple):
 Schedule = Callable[[int, int, int], list[Stage]]  # (length of a block, rank, size) -> its stages
 
 
+def segment_bytes(node: Node, comm: MPI.Comm, transport: Transport) -> int:
+    """Of messages among the ranks of `comm`, over which `node` was built."""
+    within = node.comm.size == comm.size and transport.device is HOST
+    return NODE_SEGMENT_BYTES if within else SEGMENT_BYTES
+
+
 class Pipeline:
     """A schedule with the two receive buffers it needs.
 
     Args:
         comm: Whose ranks the stages name.
         schedule: The stages of a block of a given length.
-        segment_bytes: Length of a block for each rank of `comm`.
+        segment_bytes: Length of a block for each rank of `comm`, on a CPU.
         tag: Of all messages.
         transport: Of the buffers.
     """
 
-    def __init__(self, comm: MPI.Comm, schedule: Schedule, *, segment_bytes: int, tag: int,
+    def __init__(self, comm: MPI.Comm, schedule: Schedule, *, tag: int, segment_bytes: int = SEGMENT_BYTES,
                  transport: Transport = ON_HOST) -> None:
         self.comm, self.tag, self.transport = comm, tag, transport
+        self.segment_bytes = transport.device.grain * segment_bytes
         self.whole_bytes = transport.device.grain * WHOLE_BYTES
-        self.block_bytes = transport.device.grain * segment_bytes * comm.size
+        self.block_bytes = self.segment_bytes * comm.size
         self._stages = cache(lambda length: schedule(length, comm.rank, comm.size))
         self._space = [transport.device.empty(0, np.uint8)] * 2
 

@@ -17,7 +17,7 @@ copied, so all ranks hold the same bits. A rank sends 2 (size-1)/size of the buf
 
 A reduce-scatter or an allgather by itself is one of these phases, over segments that lie as `order.segments` cuts them.
 
-Long buffers are cut into blocks whose segments are SEGMENT_BYTES: two of them are under way at a time (_pipeline.py).
+Long buffers are cut into blocks, of which two are under way at a time (_pipeline.py).
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from mpi4py import MPI
 
 from mpilm.comm import arrays, order, p2p
 from mpilm.comm.collectives._base import Collective
-from mpilm.comm.collectives._pipeline import Pipeline, Stage
+from mpilm.comm.collectives._pipeline import Pipeline, Stage, segment_bytes
 from mpilm.comm.devices import Array
 from mpilm.comm.node import Node
 from mpilm.comm.transport import ON_HOST, Transport
 
 Phase = Callable[[Sequence[slice], int], list[Stage]]  # (everyone's segments, rank) -> its stages
-SEGMENT_BYTES = 2**20  # measured: fewer, longer messages beat those that fit in a smaller cache
 
 
 class Ring(Collective):
@@ -43,7 +42,8 @@ class Ring(Collective):
     def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
                  transport: Transport = ON_HOST) -> None:
         super().__init__(comm, node, reproducible=reproducible, transport=transport)
-        self._pipeline = over(self.comm, transport)
+        self._pipeline = Pipeline(self.comm, stages, tag=p2p.TAG_RING, transport=transport,
+                                  segment_bytes=segment_bytes(node, comm, transport))
 
     def allreduce(self, buffer: Array) -> None:
         """As Collective."""
@@ -61,15 +61,15 @@ class Ring(Collective):
         self._play(buffer, gather_stages)
 
     def _play(self, buffer: Array, stages: Phase) -> None:
-        """One phase over all of `buffer`, SEGMENT_BYTES of every segment at a time."""
+        """One phase over all of `buffer`, a block of it at a time."""
         cut = order.segments(len(buffer), self.comm.size)
         self._pipeline.play([(buffer[:], stages(piece, self.comm.rank))
-                             for piece in order.pieces(cut, self.device.grain * SEGMENT_BYTES // buffer.itemsize)])
+                             for piece in order.pieces(cut, self._pipeline.segment_bytes // buffer.itemsize)])
 
 
 def over(comm: MPI.Comm, transport: Transport = ON_HOST) -> Pipeline:
-    """The ring over the ranks of `comm`."""
-    return Pipeline(comm, stages, segment_bytes=SEGMENT_BYTES, tag=p2p.TAG_RING, transport=transport)
+    """The ring over the ranks of `comm`, which are on different nodes."""
+    return Pipeline(comm, stages, tag=p2p.TAG_RING, transport=transport)
 
 
 def stages(length: int, rank: int, size: int) -> list[Stage]:

@@ -20,12 +20,10 @@ from mpi4py import MPI
 
 from mpilm.comm import p2p
 from mpilm.comm.collectives._base import Collective
-from mpilm.comm.collectives._pipeline import Pipeline, Stage
+from mpilm.comm.collectives._pipeline import Pipeline, Stage, segment_bytes
 from mpilm.comm.devices import Array
 from mpilm.comm.node import Node
 from mpilm.comm.transport import ON_HOST, Transport
-
-SEGMENT_BYTES = 2**20  # a rank's own part of a block; measured, as in ring.py
 
 
 class Tree(Collective):
@@ -44,8 +42,8 @@ class Tree(Collective):
     def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
                  transport: Transport = ON_HOST) -> None:
         super().__init__(comm, node, reproducible=reproducible, transport=transport)
-        self._pipeline = Pipeline(self.comm, stages, segment_bytes=SEGMENT_BYTES, tag=p2p.TAG_TREE,
-                                  transport=transport)
+        self._pipeline = Pipeline(self.comm, stages, tag=p2p.TAG_TREE, transport=transport,
+                                  segment_bytes=segment_bytes(node, comm, transport))
 
     def allreduce(self, buffer: Array) -> None:
         """As Collective."""
