@@ -43,7 +43,13 @@ Call = Callable[[], object]
 
 
 def run(comm: MPI.Comm, emit: Emit) -> None:
-    """Measure every size. Collective over `comm`."""
+    """Measure every size. Collective over `comm`.
+
+    Raises:
+        UserError: One rank only.
+    """
+    if comm.size == 1:
+        raise UserError("One rank has nobody to sum with. Start two: mpirun -np 2 python -m mpilm.bench allreduce.")
     if os.environ.get("GLIBC_TUNABLES"):
         warn("GLIBC_TUNABLES is set: MPI and Gloo are not measured as people run them. Unset it.")
     node = Node.build(comm)

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from mpi4py import MPI
 
 from mpilm.bench import allreduce
+from mpilm.log import UserError
 
 FAULTS = """
 import resource
@@ -38,6 +40,12 @@ def test_figures_for_all(comm, monkeypatch):
     assert {who for _, who, *_ in figures[:6]} == {who for _, who, *_ in figures[6:]} == everyone
     assert all(value > 0 and unit == "GB/s" for _, _, value, unit in figures)
     assert changed == [6], "as people run it comes first, and only then is malloc changed"
+
+
+@pytest.mark.serial
+def test_one_rank_is_told_to_be_two():
+    with pytest.raises(UserError, match="mpirun -np 2"):
+        allreduce.run(MPI.COMM_SELF, lambda *_: None)
 
 
 @pytest.mark.serial
