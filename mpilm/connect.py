@@ -18,12 +18,14 @@ from mpilm.comm.node import Node
 from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
+from mpilm.flat import bytes_unsummed
 from mpilm.launch import World, agree
 from mpilm.log import UserError, warn
 from mpilm.model.context import WHOLE, Whole
+from mpilm.model.memory import Division
 from mpilm.model.shape import Shape
 from mpilm.model.split import ALONE, Alone
-from mpilm.parallel import exchange
+from mpilm.parallel import exchange, layout
 from mpilm.parallel.context import Ring
 from mpilm.parallel.tensor import Team
 
@@ -56,11 +58,15 @@ def split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arit
 def collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter],
                transport: Transport = ON_HOST) -> Collective:
     """What sums gradients over the replicas. Collective over the mesh."""
-    node = world.owns(Node.build(mesh.replicas))
-    return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=config.run.reproducible,
+    node, reproducible = world.owns(Node.build(mesh.replicas)), config.run.reproducible
+    slots = max(map(len, layout.slots(config, mesh.dp.size, reproducible=reproducible)))
+    unsummed = bytes_unsummed(slots, node.comm.size, element=2,
+                              buffers=Division(num_slots=slots, reproducible=reproducible).buffers)
+    return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=reproducible,
                                    count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
-                                   shared_bytes=room.shared(mesh, node, parameters), transport=transport,
-                                   never=_never(mesh, transport)))
+                                   shared_bytes=room.shared(mesh, node, parameters,
+                                                            gradient=max(FLOAT_BYTES, unsummed)),
+                                   transport=transport, never=_never(mesh, transport)))
 
 
 def check(config: Config, mesh: Mesh, transport: Transport) -> None:

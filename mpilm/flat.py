@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 
 MOST_ADDENDS = 16   # streams that a core reads at once; with so many it is still no slower than writing sums down
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,18 @@ class Update(Protocol):
 
     def apply(self, flat: Flat, scale: float) -> None:
         """Update a run of flat memory, cut anywhere at a multiple of 16 elements."""
+
+
+def bytes_unsummed(num_slots: int, replicas: int, *, element: int, buffers: int) -> int:
+    """Of every element, that the gradients of a rank take if nobody sums them; 0 where they have to be summed.
+
+    They need no more memory than their float32 sum with its `buffers`, are not too many to be read at once, and their
+    tree is that of sums that are written: of slots first, and then of replicas.
+    """
+    nbytes = num_slots * element
+    able = (replicas > 1 and num_slots * replicas <= MOST_ADDENDS and element < FLOAT_BYTES
+            and nbytes <= buffers * FLOAT_BYTES and (num_slots == 1 or replicas & (replicas - 1) == 0))
+    return nbytes if able else 0
 
 
 def add(addends: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -33,11 +33,11 @@ def check(shape: Shape, world: World, memory: int) -> None:
             "Lower --model.width, --model.layers or --model.vocab_size, or use more nodes.")
 
 
-def shared(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Parameter]) -> int:
-    """What the ranks of a node share at most: gradients of each, and masters, optimizer states and weights once, of
-    all the replicas' groups that sit there. Collective over `mesh.comm`."""
+def shared(mesh: Mesh, node: Node, parameters: Iterable[torch.nn.Parameter], *, gradient: int = FLOAT_BYTES) -> int:
+    """What the ranks of a node share at most: gradients of each, of so many bytes an element, and masters, optimizer
+    states and weights once, of all the replicas' groups that sit there. Collective over `mesh.comm`."""
     elements = sum(-(-parameter.numel() // BLOCK) * BLOCK for parameter in parameters)
-    mine = (node.comm.size + 4) * FLOAT_BYTES * elements // node.comm.size
+    mine = (node.comm.size * gradient + 4 * FLOAT_BYTES) * elements // node.comm.size
     host = mesh.comm.Split_type(MPI.COMM_TYPE_SHARED)
     everyone: int = mesh.comm.allreduce(host.allreduce(mine), op=MPI.MAX)
     host.Free()

@@ -20,14 +20,13 @@ from typing import Any, TypeVar
 from mpi4py import MPI
 
 from mpilm.comm import network
+from mpilm.comm.motion import Motion
 
 T = TypeVar("T")
 SPIN_S = 500e-6  # longer than any message of comm/ takes once both sides are there
 NAP_S = 20e-6
 LONGEST_NAP_S = 500e-6
-# Where the kernel may not copy from rank to rank (containers, other users' processes) or sockets are read, MPI moves a
-# few pages in each call. A call that took so much longer than the quickest has moved some.
-MOVED_S = 2e-6
+LONG_BYTES = 2**17  # a message that MPI may move part by part
 
 # Tags of comm/: one place, so that no two kinds of message can be taken for each other.
 TAG_RING = 101
@@ -47,36 +46,38 @@ def nothing() -> None:
     """There is nothing to do."""
 
 
-def wait(requests: Sequence[MPI.Request]) -> None:
-    """Return when all `requests` are complete."""
+def wait(requests: Sequence[MPI.Request], *, nbytes: int = 0) -> None:
+    """Return when all `requests` are complete; the longest message has `nbytes`, if that is known."""
     pending = list(requests)
-    until(lambda: MPI.Request.Testall(pending) or None, moves=True)
+    if nbytes < LONG_BYTES:
+        until(lambda: MPI.Request.Testall(pending) or None)
+    elif not MPI.Request.Testall(pending):
+        motion = Motion()
+        until(lambda: motion.look(lambda: MPI.Request.Testall(pending) or None), motion=motion)
 
 
-def until(ready: Callable[[], T | None], *, longest_s: float = LONGEST_NAP_S, moves: bool = False) -> T:
+def until(ready: Callable[[], T | None], *, longest_s: float = LONGEST_NAP_S, motion: Motion | None = None) -> T:
     """What `ready` returns, once it is not None. Whoever waits also keeps the line moving.
 
     Args:
         longest_s: Between two looks.
-        moves: A look is what moves messages, part by part: none are slept over while they do.
+        motion: Of what is waited for: nobody naps while something moves.
     """
     if (found := ready()) is not None:
         return found
-    nap, spin_until, line, quickest_s = NAP_S, time.perf_counter() + SPIN_S, network.line(), MOVED_S
-    while True:
-        began = time.thread_time()      # not what other threads do meanwhile
-        if (found := ready()) is not None:
-            return found
-        looked_s = time.thread_time() - began
-        quickest_s = min(quickest_s, looked_s)
-        if moves and looked_s > quickest_s + MOVED_S:
-            nap, spin_until = NAP_S, time.perf_counter() + SPIN_S
+    nap, spin_until, line = NAP_S, time.perf_counter() + SPIN_S, network.line()
+    while (found := ready()) is None:
         line.hand_over()
+        if motion is not None and motion.seen:
+            nap, spin_until = NAP_S, time.perf_counter() + SPIN_S
         if time.perf_counter() < spin_until:
             os.sched_yield()  # gives way to whoever shares the core
         else:
             time.sleep(nap)
             nap = min(2 * nap, longest_s)
+            if motion is not None:
+                motion.napped()
+    return found
 
 
 def barrier(comm: MPI.Comm, *, longest_s: float = LONGEST_NAP_S) -> None:
@@ -140,10 +141,13 @@ class Ledger:
 
     def wait_for(self, expected: Sequence[Any]) -> None:
         """Return when these messages, which `receive` has given, are there."""
-        wait(expected)
+        wait(expected, nbytes=self._longest())
 
     def wait(self) -> None:
         """Return when every message is through."""
         until(lambda: all(entry.request is not None for entry in self._entries) or None)
-        wait([entry.request for entry in self._entries if entry.request is not None])
+        wait([entry.request for entry in self._entries if entry.request is not None], nbytes=self._longest())
         self._entries.clear()
+
+    def _longest(self) -> int:
+        return max((entry.array.nbytes for entry in self._entries), default=0)

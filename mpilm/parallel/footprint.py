@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mpilm.config import Config
-from mpilm.flat import MOST_ADDENDS
+from mpilm.flat import bytes_unsummed
 from mpilm.model import activations, memory
 from mpilm.model.activations import Work
 from mpilm.model.memory import Division, Memory
@@ -94,10 +94,9 @@ def _division(config: Config, ranks: int, stage: int, work: Work, ranks_per_node
     division = Division(dp * parallel.cp, _sharing(config, dp, stage, ranks_per_node),
                         level if len(set(slots)) == 1 else min(level, 1),       # as sync/sharded.py does
                         parallel.tp, work.element, max(slots), config.run.reproducible)
-    unsummed = division.num_slots * work.element // division.buffers    # bytes, as sync/allreduce.py has them
-    able = (plain and work.compiled and 1 < division.sharing == division.replicas
-            and division.replicas * division.num_slots <= MOST_ADDENDS and unsummed <= memory.FLOAT)
-    return replace(division, gradient=unsummed) if able else division
+    unsummed = bytes_unsummed(division.num_slots, division.replicas, element=work.element, buffers=division.buffers)
+    able = plain and work.compiled and division.sharing == division.replicas and unsummed   # as in sync/allreduce.py
+    return replace(division, gradient=unsummed // division.buffers) if able else division
 
 
 def _sharing(config: Config, dp: int, stage: int, ranks_per_node: int) -> int:

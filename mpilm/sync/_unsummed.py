@@ -57,11 +57,12 @@ class Unsummed:
               exact: bool) -> Unsummed | None:
         """Over the owners of a collective, each of so many slots; None where they do not see each other's memory.
         Collective over it."""
-        mine = [collective.allocate(layout.count, bridge.array_dtype(dtype)) for _ in range(num_slots)]
-        everyone = [collective.seen(slot, owner) for owner in range(collective.owners.size) for slot in mine]
+        mine = collective.allocate(num_slots * layout.count, bridge.array_dtype(dtype))
+        everyone = [collective.seen(mine, owner) for owner in range(collective.owners.size)]
         if any(one is None for one in everyone):
             return None
-        return cls([bridge.tensor(slot, dtype) for slot in mine], [bridge.tensor(one, dtype)[own] for one in everyone],
+        slots = [bridge.tensor(one, dtype).view(num_slots, -1) for one in everyone]
+        return cls(list(bridge.tensor(mine, dtype).view(num_slots, -1)), [slot[own] for one in slots for slot in one],
                    exact=exact)
 
     def visit(self, member: Member, slot: int, gradient: Tensor | None) -> None:

@@ -23,7 +23,7 @@ from mpilm.comm import arrays
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline, Worker
-from mpilm.flat import MOST_ADDENDS, Flat, Update
+from mpilm.flat import FLOAT_BYTES, Flat, Update, bytes_unsummed
 from mpilm.sync._buckets import MASTERS, Read, Replica, Run
 from mpilm.sync._compressed import Compress
 from mpilm.sync._journal import Journal
@@ -31,8 +31,6 @@ from mpilm.sync._layout import described, lay_out
 from mpilm.sync._slots import num_buffers, running_visits, tree_visits
 from mpilm.sync._synchronizer import Summing
 from mpilm.sync._unsummed import Unsummed
-
-FLOAT_BYTES = 4
 
 
 class Allreduce(Summing[Replica]):
@@ -63,8 +61,8 @@ class Allreduce(Summing[Replica]):
         outlived = ulfm.active() and self.owners.comm.size > 1
         self.journal = Journal(self.owners, len(update.STATES)) if outlived else None
         # What a rank that died has left can be finished from written sums only (`inherit`).
-        able = (compress.way is None and update.adds and not outlived and dtype != torch.float32
-                and num_slots * dtype.itemsize <= num_buffers(visits) * FLOAT_BYTES)
+        able = compress.way is None and update.adds and not outlived and bool(bytes_unsummed(
+            num_slots, self.owners.comm.size, element=dtype.itemsize, buffers=num_buffers(visits)))
         unsummed = (partial(Unsummed.build, dtype=dtype, num_slots=num_slots, exact=reproducible)
                     if _need_no_sums(collective, self.owners, num_slots, able=able) else None)
         counts = [layout.count // BLOCK for layout in layouts]
@@ -142,6 +140,6 @@ class Allreduce(Summing[Replica]):
 def _need_no_sums(collective: Any, owners: Node, num_slots: int, *, able: bool) -> bool:
     """Whether gradients can be used unsummed; the same on all ranks, who may have different numbers of slots.
     Collective over the collective's communicator."""
-    few = 1 < owners.comm.size == collective.comm.size and owners.comm.size * num_slots <= MOST_ADDENDS
-    told: list[tuple[int, bool]] = collective.comm.allgather((num_slots, able and few))
+    together = owners.comm.size == collective.comm.size
+    told: list[tuple[int, bool]] = collective.comm.allgather((num_slots, able and together))
     return told == [(num_slots, True)] * len(told)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from mpilm.comm import collectives, order
-from mpilm.comm.arrays import address, fetch
-from mpilm.comm.collectives import Collective, _pipeline
+from mpilm.comm.arrays import MESSAGE_BYTES, address, fetch
+from mpilm.comm.collectives import Collective, _pipeline, tree
 from mpilm.comm.node import Node
 from mpilm.log import UserError
 from tests.comm import cases, places
@@ -69,21 +69,29 @@ def test_messages_of_any_length_make_the_same_sums(name: str, where: str, comm: 
     if where == "between nodes":
         monkeypatch.setenv("MPILM_RANKS_PER_NODE", "1")
     if where == "in a node with little room":
-        monkeypatch.setattr(_pipeline, "NODE_SEGMENT_BYTES", 2**17)
+        for module in (_pipeline, tree):
+            monkeypatch.setattr(module, "NODE_SEGMENT_BYTES", 2**17)
     node = Node.build(comm)
     built = cases.build(name, comm, node)
     if built is None:
+        node.free()
         pytest.skip(f"{name} does not take {comm.size} ranks")
-    for count, dtype in ((2_500_001, "float32"), (1_100_003, "int64")):
-        buffer = built.allocate(count, dtype)
-        for sum_up in (built.allreduce, lambda values: (built.reduce_scatter(values), built.allgather(values))):
-            buffer[:] = cases.values(comm.rank, count, dtype, seed=1)
-            sum_up(buffer)
-            expected = cases.expected(comm.size, count, dtype, seed=1)
-            everywhere(comm, cases.close(buffer, expected, comm.size), f"{count} x {dtype}")
-            same_everywhere(comm, buffer)
-    built.free()
-    node.free()
+    block = built._pipeline.block_bytes
+    longest = max((stage.receive.stop - stage.receive.start for stage in built._pipeline._stages(block)), default=0)
+    try:
+        everywhere(comm, (block >= 2**24) == (where == "in a node") or comm.size == 1, f"blocks of {block}")
+        everywhere(comm, longest <= _pipeline.NODE_SEGMENT_BYTES <= MESSAGE_BYTES, f"messages of {longest}")
+        for count, dtype in ((2_500_001, "float32"), (1_100_003, "int64")):
+            buffer = built.allocate(count, dtype)
+            for sum_up in (built.allreduce, lambda values: (built.reduce_scatter(values), built.allgather(values))):
+                buffer[:] = cases.values(comm.rank, count, dtype, seed=1)
+                sum_up(buffer)
+                expected = cases.expected(comm.size, count, dtype, seed=1)
+                everywhere(comm, cases.close(buffer, expected, comm.size), f"{count} x {dtype}")
+                same_everywhere(comm, buffer)
+    finally:
+        built.free()
+        node.free()
 
 
 @settings(max_examples=10)

@@ -28,7 +28,7 @@ from mpilm.comm.transport import ON_HOST, Transport
 
 WHOLE_BYTES = 4 * 2**20  # a buffer up to this length is one block
 SEGMENT_BYTES = 2**20  # a rank's own part of a block; measured: shorter ones are slower
-NODE_SEGMENT_BYTES = 64 * 2**20  # the same within a node: what lands beside the buffer
+NODE_SEGMENT_BYTES = 32 * 2**20  # the same within a node, and the most that lands beside the buffer, twice
 
 
 class Stage(NamedTuple):
@@ -45,9 +45,9 @@ Schedule = Callable[[int, int, int], list[Stage]]  # (length of a block, rank, s
 
 
 def segment_bytes(node: Node, comm: MPI.Comm, transport: Transport) -> int:
-    """Of messages among the ranks of `comm`, over which `node` was built."""
+    """A rank's own part of a block among the ranks of `comm`, over which `node` was built."""
     within = node.comm.size == comm.size and transport.device is HOST
-    return NODE_SEGMENT_BYTES if within else SEGMENT_BYTES
+    return NODE_SEGMENT_BYTES if within else transport.device.grain * SEGMENT_BYTES
 
 
 class Pipeline:
@@ -56,17 +56,15 @@ class Pipeline:
     Args:
         comm: Whose ranks the stages name.
         schedule: The stages of a block of a given length.
-        segment_bytes: Length of a block for each rank of `comm`, on a CPU.
+        block_bytes: Length of a block.
         tag: Of all messages.
         transport: Of the buffers.
     """
 
-    def __init__(self, comm: MPI.Comm, schedule: Schedule, *, tag: int, segment_bytes: int = SEGMENT_BYTES,
+    def __init__(self, comm: MPI.Comm, schedule: Schedule, *, block_bytes: int, tag: int,
                  transport: Transport = ON_HOST) -> None:
-        self.comm, self.tag, self.transport = comm, tag, transport
-        self.segment_bytes = transport.device.grain * segment_bytes
+        self.comm, self.tag, self.transport, self.block_bytes = comm, tag, transport, block_bytes
         self.whole_bytes = transport.device.grain * WHOLE_BYTES
-        self.block_bytes = self.segment_bytes * comm.size
         self._stages = cache(lambda length: schedule(length, comm.rank, comm.size))
         self._space = [transport.device.empty(0, np.uint8)] * 2
 

@@ -28,7 +28,7 @@ from mpi4py import MPI
 
 from mpilm.comm import arrays, order, p2p
 from mpilm.comm.collectives._base import Collective
-from mpilm.comm.collectives._pipeline import Pipeline, Stage, segment_bytes
+from mpilm.comm.collectives._pipeline import SEGMENT_BYTES, Pipeline, Stage, segment_bytes
 from mpilm.comm.devices import Array
 from mpilm.comm.node import Node
 from mpilm.comm.transport import ON_HOST, Transport
@@ -42,8 +42,9 @@ class Ring(Collective):
     def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
                  transport: Transport = ON_HOST) -> None:
         super().__init__(comm, node, reproducible=reproducible, transport=transport)
+        self.segment_bytes = segment_bytes(node, comm, transport)
         self._pipeline = Pipeline(self.comm, stages, tag=p2p.TAG_RING, transport=transport,
-                                  segment_bytes=segment_bytes(node, comm, transport))
+                                  block_bytes=comm.size * self.segment_bytes)
 
     def allreduce(self, buffer: Array) -> None:
         """As Collective."""
@@ -64,12 +65,13 @@ class Ring(Collective):
         """One phase over all of `buffer`, a block of it at a time."""
         cut = order.segments(len(buffer), self.comm.size)
         self._pipeline.play([(buffer[:], stages(piece, self.comm.rank))
-                             for piece in order.pieces(cut, self._pipeline.segment_bytes // buffer.itemsize)])
+                             for piece in order.pieces(cut, self.segment_bytes // buffer.itemsize)])
 
 
 def over(comm: MPI.Comm, transport: Transport = ON_HOST) -> Pipeline:
     """The ring over the ranks of `comm`, which are on different nodes."""
-    return Pipeline(comm, stages, tag=p2p.TAG_RING, transport=transport)
+    return Pipeline(comm, stages, tag=p2p.TAG_RING, transport=transport,
+                    block_bytes=comm.size * transport.device.grain * SEGMENT_BYTES)
 
 
 def stages(length: int, rank: int, size: int) -> list[Stage]:

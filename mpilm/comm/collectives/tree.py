@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 from mpilm.comm import p2p
 from mpilm.comm.collectives._base import Collective
-from mpilm.comm.collectives._pipeline import Pipeline, Stage, segment_bytes
+from mpilm.comm.collectives._pipeline import NODE_SEGMENT_BYTES, Pipeline, Stage, segment_bytes
 from mpilm.comm.devices import Array
 from mpilm.comm.node import Node
 from mpilm.comm.transport import ON_HOST, Transport
@@ -42,8 +42,9 @@ class Tree(Collective):
     def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
                  transport: Transport = ON_HOST) -> None:
         super().__init__(comm, node, reproducible=reproducible, transport=transport)
+        longest = 2 * NODE_SEGMENT_BYTES    # of whose first exchange is one half
         self._pipeline = Pipeline(self.comm, stages, tag=p2p.TAG_TREE, transport=transport,
-                                  segment_bytes=segment_bytes(node, comm, transport))
+                                  block_bytes=min(comm.size * segment_bytes(node, comm, transport), longest))
 
     def allreduce(self, buffer: Array) -> None:
         """As Collective."""
