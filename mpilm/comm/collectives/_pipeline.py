@@ -28,7 +28,7 @@ from mpilm.comm.transport import ON_HOST, Transport
 
 WHOLE_BYTES = 4 * 2**20  # a buffer up to this length is one block
 SEGMENT_BYTES = 2**20  # a rank's own part of a block; measured: shorter ones are slower
-NODE_SEGMENT_BYTES = 32 * 2**20  # the same within a node, and the most that lands beside the buffer, twice
+NODE_SEGMENT_BYTES = 128 * 2**20  # the same within a node, and the most that lands beside the buffer, twice
 
 
 class Stage(NamedTuple):
