@@ -173,7 +173,7 @@ def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, stat
                     meets=partial(meets, config), shares=[len(run) for run in runs])
     server = Server(parameters, _matrices(parameters), roles, clocks, rule=config.sync.staleness_rule,
                     compress=compressed(config.sync, update), states=update.STATES, dtype=decision.dtype,
-                    bucket_mib=config.sync.bucket_mib)
+                    bucket_mib=config.sync.bucket_mib, compiled=update.adds)
     server.load(read, update)
     return server, update
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from types import FunctionType
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 MOST_ADDENDS = 16   # streams that a core reads at once; with so many it is still no slower than writing sums down
 FLOAT_BYTES = 4
+_numbers = itertools.count()    # of compiled functions
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,17 @@ def bytes_unsummed(num_slots: int, replicas: int, *, element: int, buffers: int)
     able = (replicas > 1 and num_slots * replicas <= MOST_ADDENDS and element < FLOAT_BYTES
             and nbytes <= buffers * FLOAT_BYTES and (num_slots == 1 or replicas & (replicas - 1) == 0))
     return nbytes if able else 0
+
+
+def compile_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a function of tensors of any length, on its first call.
+
+    PyTorch compiles the same code eight times at most, whoever asks for it, and then runs it as it is: other bits, and
+    slowly. So this is code of its own; and whoever calls it with too many kinds of arguments is told.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    made: Callable[..., Any] = torch.compile(FunctionType(code, function.__globals__), dynamic=True, fullgraph=True)
+    return made
 
 
 def add(addends: Sequence[torch.Tensor]) -> torch.Tensor:

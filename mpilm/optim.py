@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mpilm.bridge import rebased
 from mpilm.config import Optim
-from mpilm.flat import Flat, add
+from mpilm.flat import Flat, add, compile_code
 from mpilm.log import UserError
 
 # Elements of one pass: the weights are rounded from masters still in the cache, and the calls cost nothing beside it. A
@@ -89,7 +89,7 @@ class Update:
         self.skipped_in_a_row = 0
         self.lr = 0.0
         rule = self.ONE_PASS if compiled else None
-        self._in_one_pass = torch.compile(rule, dynamic=True) if rule else None
+        self._in_one_pass = compile_code(rule) if rule else None
         self.adds = rule is not None
 
     def begin(self, step: int) -> None:

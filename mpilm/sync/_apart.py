@@ -63,9 +63,10 @@ class Apart(Bucket):
 
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, compress: Compress, outer: Outer, *,
                  share: float, states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit],
-                 repeated: Collection[str]) -> None:
+                 repeated: Collection[str], compiled: bool) -> None:
         count, own, device = layout.count, slice(0, layout.count), collective.device
-        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits), repeated, device)
+        super().__init__(layout, own, Whole(layout, collective.allocate, reduce, own, visits), repeated, device,
+                         compiled=compiled)
         self.collective, self.outer, self.share = collective, outer, share
         self.masters, self.anchor = (torch.zeros(count, device=device.torch) for _ in range(2))
         self.flat = self.shard = self.masters if dtype == torch.float32 else torch.zeros_like(self.masters, dtype=dtype)
@@ -167,7 +168,7 @@ class Apart(Bucket):
 
     def _part_of(self, values: Tensor) -> Array:
         """What I add to the average of everyone's `values`, at full length."""
-        part = self.device.empty(self.layout.count, np.float32)
+        part = self.collective.device.empty(self.layout.count, np.float32)
         torch.mul(values, self.share, out=bridge.tensor(part, torch.float32))
         return part
 

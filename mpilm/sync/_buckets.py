@@ -25,6 +25,7 @@ from mpilm.comm.devices import HOST, Array, Device
 from mpilm.comm.node import Node
 from mpilm.comm.order import BLOCK, segments
 from mpilm.flat import Flat
+from mpilm.sync import _squares
 from mpilm.sync._gradients import Gradients, Reduce, Summed, Whole
 from mpilm.sync._layout import Layout
 from mpilm.sync._slots import Visit
@@ -59,6 +60,7 @@ class Segment:
     Args:
         repeated: Parameters that the norm must not count here, because another rank holds and counts them too.
         device: Of all of its memory.
+        compiled: The update is, and so are sums of squares.
 
     Attributes:
         shard: What the update writes the new weights to.
@@ -73,8 +75,10 @@ class Segment:
     squares: Array
     gradients: Summed
 
-    def __init__(self, layout: Layout, own: slice, repeated: Collection[str] = (), device: Device = HOST) -> None:
-        self.layout, self.own, self.device = layout, own, device
+    def __init__(self, layout: Layout, own: slice, repeated: Collection[str] = (), device: Device = HOST, *,
+                 compiled: bool = False) -> None:
+        self.layout, self.own = layout, own
+        self.squared = _squares.by(device, compiled=compiled)
         self.left_out = [slice((start - own.start) // BLOCK, -(-(stop - own.start) // BLOCK))
                          for member, start, stop in layout.members_in(own) if member.name in repeated]
 
@@ -84,9 +88,14 @@ class Segment:
         if part.start < part.stop:
             assert part.start % BLOCK == part.stop % BLOCK == 0, f"{part} is not cut between blocks"
             blocks = slice(part.start // BLOCK, part.stop // BLOCK)
-            self.gradients.squares(self.device, part, self.squares[blocks])
+            self.squared(self.gradients, part, self.squares[blocks])
             for run in self.left_out:
                 self.squares[max(run.start, blocks.start):min(run.stop, blocks.stop)] = 0
+
+    def square_late(self) -> None:
+        """Of all of my segment, if that was not done while it was summed."""
+        if self.squared.late:
+            self.square(self.own)
 
     def flats(self) -> Iterator[Flat]:
         """My segment, as the update takes it."""
@@ -140,13 +149,13 @@ class Bucket(Segment):
     gradients: Gradients
 
     def __init__(self, layout: Layout, own: slice, gradients: Gradients, repeated: Collection[str],
-                 device: Device = HOST) -> None:
-        super().__init__(layout, own, repeated, device)
+                 device: Device = HOST, *, compiled: bool = False) -> None:
+        super().__init__(layout, own, repeated, device, compiled=compiled)
         self.gradients = gradients
 
     def depart(self, slot: int, *, last: bool) -> Callable[[], None]:
         """As Leaving."""
-        return partial(self.gradients.depart(slot), self.square if last else nothing_more)
+        return partial(self.gradients.depart(slot), self.square if last and not self.squared.late else nothing_more)
 
 
 class Replica(Bucket):
@@ -158,14 +167,14 @@ class Replica(Bucket):
     """
 
     def __init__(self, layout: Layout, collective: Any, reduce: Reduce, owners: Node, blocks: Array, *,
-                 states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit],
+                 states: Sequence[str], dtype: torch.dtype, visits: Sequence[Visit], compiled: bool,
                  repeated: Collection[str], unsummed: Callable[[Layout, Any, slice], Unsummed | None] | None) -> None:
         count, self.cut = layout.count, segments(layout.count, owners.comm.size)
         device = collective.device
         own = self.cut[owners.comm.rank]
         gradients = (unsummed(layout, collective, own) if unsummed else None) or Whole(
             layout, collective.allocate, reduce, own, visits)
-        super().__init__(layout, own, gradients, repeated, device)
+        super().__init__(layout, own, gradients, repeated, device, compiled=compiled)
         self.collective = collective
         self.common = {name: owners.allocate_common(count, np.float32, device) for name in (MASTERS, *states)}
         whole = bridge.tensor(self.common[MASTERS], torch.float32)
@@ -196,8 +205,9 @@ class Shard(Bucket):
     """A bucket over all ranks, with any kind of gradients and weights."""
 
     def __init__(self, layout: Layout, own: slice, gradients: Gradients, weights: Weights, squares: Array, *,
-                 states: Sequence[str], repeated: Collection[str], device: Device = HOST) -> None:
-        super().__init__(layout, own, gradients, repeated, device)
+                 states: Sequence[str], repeated: Collection[str], device: Device = HOST,
+                 compiled: bool = False) -> None:
+        super().__init__(layout, own, gradients, repeated, device, compiled=compiled)
         self.weights = weights
         self.flat, self.shard, self.masters = weights.flat, weights.shard, weights.masters
         self.states = {name: device.zeros(own.stop - own.start, np.float32) for name in states}

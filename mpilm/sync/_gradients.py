@@ -25,7 +25,6 @@ import torch
 
 from mpilm import bridge
 from mpilm.comm.collectives import Then, nothing_more
-from mpilm.comm.devices import Device
 from mpilm.comm.worker import Call, Inline, Worker
 from mpilm.sync._layout import Layout, Member
 from mpilm.sync._slots import Visit, num_buffers
@@ -62,9 +61,6 @@ class Summed(Protocol):
     @property
     def addends(self) -> tuple[torch.Tensor, ...]: ...
 
-    def squares(self, device: Device, part: slice, out: Any) -> None:
-        """out[b] = the sum of squares of block b of a part of my segment, float64."""
-
 
 class Written:
     """As Summed: a sum that is in memory.
@@ -81,10 +77,6 @@ class Written:
     def addends(self) -> tuple[torch.Tensor, ...]:
         """As Summed."""
         return self.own,
-
-    def squares(self, device: Device, part: slice, out: Any) -> None:
-        """As Summed."""
-        device.squares(self.values[part], out)
 
 
 class Gradients(Summed, Protocol):

@@ -50,11 +50,12 @@ class Held(Segment):
         dtype: What weights are sent in.
         rule: What is done about old gradients.
         compress: What they come as.
+        compiled: The update is.
     """
 
     def __init__(self, layout: Layout, roles: Roles, rule: Rule, compress: Compress, *, states: Sequence[str],
-                 dtype: torch.dtype) -> None:
-        super().__init__(layout, order.segments(layout.count, roles.servers)[roles.comm.rank])
+                 dtype: torch.dtype, compiled: bool) -> None:
+        super().__init__(layout, order.segments(layout.count, roles.servers)[roles.comm.rank], compiled=compiled)
         count = self.own.stop - self.own.start
         self.roles, self.rule, self.compress = roles, rule, compress
         places = roles.places(layout.count, wanted=compress.way is None)
@@ -94,7 +95,9 @@ class Held(Segment):
             run = slice(first * BLOCK, (first + TOGETHER) * BLOCK)
             for into, other in steps:
                 np.add(parts[into][run], parts[other][run], out=parts[into][run])
-            self.square(slice(self.own.start + run.start, self.own.start + run.stop))
+            if not self.squared.late:
+                self.square(slice(self.own.start + run.start, self.own.start + run.stop))
+        self.square_late()
 
     def update(self, update: Update, scale: float | None) -> None:
         """Apply what was collected, once nobody reads the weights of before; nothing where `scale` is None."""

@@ -42,15 +42,17 @@ class Server:
         compress: What gradients come as.
         states: Names of the update's states, one float32 array each.
         dtype: What the model computes with.
+        compiled: The update is.
 
     Collective over `roles.side`, like every method.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decayed: set[str], roles: Roles, clocks: Clocks, *,
-                 rule: str, compress: Compress, states: Sequence[str], dtype: torch.dtype, bucket_mib: float) -> None:
+                 rule: str, compress: Compress, states: Sequence[str], dtype: torch.dtype, bucket_mib: float,
+                 compiled: bool = False) -> None:
         self.roles, self.clocks, self.rule = roles, clocks, _staleness.get("none" if clocks.together else rule)
-        self.buckets = [Held(layout, roles, self.rule, compress, states=states, dtype=dtype) for layout in
-                        server_layouts(parameters, decayed, bucket_mib=bucket_mib, servers=roles.servers)]
+        self.buckets = [Held(layout, roles, self.rule, compress, states=states, dtype=dtype, compiled=compiled)
+                        for layout in server_layouts(parameters, decayed, bucket_mib=bucket_mib, servers=roles.servers)]
         blocks = sum(bucket.squares.size for bucket in self.buckets)
         self.counts: list[int] = roles.side.allgather(blocks)
         self.staleness = Staleness()

@@ -231,11 +231,19 @@ class Summing(Synchronizer[SummedBucket]):
 
     def _all_blocks(self) -> np.ndarray:
         """The sums of squares of all blocks of all stages. Collective over `stages`."""
+        self._square()
         mine = self._blocks()
         counts = [count // BLOCK for count in self.counts]
         everyone = np.empty(sum(counts))
         self.stages.Allgatherv(mine, (everyone, counts))
         return everyone
+
+    def _square(self) -> None:
+        """Make those sums of squares that were not made while gradients were summed."""
+        started = time.perf_counter()
+        for bucket in self.buckets:
+            bucket.square_late()
+        self.norm_s = time.perf_counter() - started
 
     def _update(self, apply: Callable[[Flat], None]) -> None:
         """Update my segment of every bucket. Local, and cannot fail."""

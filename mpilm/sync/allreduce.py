@@ -8,7 +8,6 @@ compute the same update.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import accumulate
@@ -63,13 +62,13 @@ class Allreduce(Summing[Replica]):
         # What a rank that died has left can be finished from written sums only (`inherit`).
         able = compress.way is None and update.adds and not outlived and bool(bytes_unsummed(
             num_slots, self.owners.comm.size, element=dtype.itemsize, buffers=num_buffers(visits)))
-        unsummed = (partial(Unsummed.build, dtype=dtype, num_slots=num_slots, exact=reproducible)
+        unsummed = (partial(Unsummed.build, dtype=dtype, num_slots=num_slots)
                     if _need_no_sums(collective, self.owners, num_slots, able=able) else None)
         counts = [layout.count // BLOCK for layout in layouts]
         self.blocks = self.owners.allocate_common(sum(counts), np.float64, collective.device)
         buckets = [Replica(layout, collective, compress(layout, collective, collective.reduce), self.owners,
                            self.blocks[stop - count:stop], states=update.STATES, dtype=dtype, visits=visits,
-                           repeated=repeated, unsummed=unsummed)
+                           repeated=repeated, unsummed=unsummed, compiled=update.adds)
                    for layout, count, stop in zip(layouts, counts, accumulate(counts), strict=True)]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)
         self.apply: Callable[[Flat], None] | None = None    # what the last update did
@@ -97,13 +96,12 @@ class Allreduce(Summing[Replica]):
                 self.journal.run(rank, (flat for flats in of_rank for flat in flats or ()), self.apply)
         return True
 
-    def _blocks(self) -> np.ndarray:
-        if late := [bucket for bucket in self.buckets if isinstance(bucket.gradients, Unsummed)]:
+    def _square(self) -> None:
+        if any(isinstance(bucket.gradients, Unsummed) for bucket in self.buckets):
             self.owners.comm.Barrier()      # everyone's gradients are there
-            started = time.perf_counter()
-            for bucket in late:
-                bucket.square(bucket.own)
-            self.norm_s = time.perf_counter() - started
+        super()._square()
+
+    def _blocks(self) -> np.ndarray:
         self.owners.comm.Barrier()
         return arrays.fetch(self.blocks)
 

@@ -82,7 +82,7 @@ class LocalSgd(Summing[Apart]):
         most = min(bucket_mib * 2**20 / FLOAT_BYTES, sum(p.count for p in sizes) / max(1, fragments))
         outer = Outer(outer_lr, outer_momentum)
         buckets = [Apart(layout, collective, self._reduce(layout, collective, compress), compress, outer,
-                         share=num_slots / all_slots, states=update.STATES, dtype=dtype,
+                         share=num_slots / all_slots, states=update.STATES, dtype=dtype, compiled=update.adds,
                          visits=(tree_visits if reproducible else running_visits)(num_slots), repeated=repeated)
                    for layout in lay_out(sizes, int(most), owners=1)]
         super().__init__(parameters, buckets, stages, worker, num_slots=num_slots)

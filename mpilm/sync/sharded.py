@@ -71,7 +71,7 @@ class Sharded(Summing[Shard]):
                  dtype: torch.dtype, bucket_mib: float, reproducible: bool, level: int,
                  repeated: Collection[str] = ()) -> None:
         self.collective, self.compress, self.dtype, self.states = collective, compress, dtype, update.STATES
-        self.repeated = repeated
+        self.repeated, self.compiled = repeated, update.adds
         self.level = _possible(level, collective, num_slots)
         self.tally = Tally()
         self.visits = (tree_visits if reproducible else running_visits)(num_slots)
@@ -107,7 +107,7 @@ class Sharded(Summing[Shard]):
             Gathered(layout.count, own, self.dtype, self.collective, worker, self.tally) if gathers
             else Kept(layout.count, own, self.dtype, self.collective, worker))
         return Shard(layout, own, gradients, weights, squares, states=self.states, repeated=self.repeated,
-                     device=self.collective.device)
+                     device=self.collective.device, compiled=self.compiled)
 
     def _whole(self, layout: Layout, own: slice) -> Whole:
         reduce = self.compress(layout, self.collective, afterwards(self.collective.reduce_scatter))

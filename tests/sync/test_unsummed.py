@@ -12,10 +12,7 @@ import torch
 from mpi4py import MPI
 
 from mpilm import flat, optim
-from mpilm.comm.devices import HOST
 from mpilm.comm.node import Node, SharedMemoryError
-from mpilm.comm.order import BLOCK
-from mpilm.flat import add
 from mpilm.launch import session
 from mpilm.model.gpt import GPT
 from mpilm.sync import allreduce
@@ -62,12 +59,11 @@ def summed(config, monkeypatch):
 
 @pytest.mark.ranks(min=2)
 def test_steps_have_the_bits_of_written_sums(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 sums of the same gradients in the same order; norms, which are added up otherwise, are near."""
+    """Float32 sums of the same gradients in the same order, norms of them too."""
     found, kinds = steps(of_one_slot(comm))
     expected = summed(of_one_slot(comm), monkeypatch)
     everywhere(comm, kinds == {Unsummed}, f"{kinds}")
-    everywhere(comm, same(found, (expected[0], found[1], expected[2])), f"{found[:2]}, not {expected[:2]}")
-    everywhere(comm, np.allclose(found[1], expected[1], rtol=1e-5), f"{found[1]}, not {expected[1]}")
+    everywhere(comm, same(found, expected), f"{found[:2]}, not {expected[:2]}")
 
 
 @pytest.mark.ranks(min=2)
@@ -185,8 +181,7 @@ def test_gradients_that_cannot_be_shared_are_summed(fails: range, comm: MPI.Comm
     monkeypatch.setattr(Node, "allocate", full)
     found, kinds = steps(config)
     everywhere(comm, kinds == ({Whole} if len(fails) > 1 else {Whole, Unsummed}), f"{kinds}")
-    everywhere(comm, same(found, (expected[0], found[1], expected[2])), f"{found[:2]}, not {expected[:2]}")
-    everywhere(comm, np.allclose(found[1], expected[1], rtol=1e-5), f"{found[1]}, not {expected[1]}")
+    everywhere(comm, same(found, expected), f"{found[:2]}, not {expected[:2]}")
 
 
 @pytest.mark.ranks(min=2)
@@ -233,25 +228,6 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(comm: MPI.Com
         norm = float(torch.tensor(1e-3).bfloat16()) * comm.size * math.sqrt(elements)
         everywhere(comm, core.update.applied == 1 and core.sync.grad_norm == pytest.approx(norm, rel=1e-5))
         world.comm.Barrier()
-
-
-@pytest.mark.serial
-@pytest.mark.parametrize("number", [1, 2, 5])
-@pytest.mark.parametrize("exact", [False, True])
-def test_squares_are_those_of_the_sum(number: int, exact: bool) -> None:
-    """Of float32 sums, block by block, in any part; to the bit, where that is asked for."""
-    draw = torch.Generator().manual_seed(number)
-    addends = [torch.randn(BLOCKS * BLOCK, generator=draw).bfloat16() for _ in range(number)]
-    found = np.zeros(BLOCKS)
-    gradients = Unsummed(addends[:1], addends, exact=exact)
-    for part in (slice(0, 2 * BLOCK), slice(2 * BLOCK, 3 * BLOCK), slice(3 * BLOCK, BLOCKS * BLOCK)):
-        gradients.squares(HOST, part, found[part.start // BLOCK:part.stop // BLOCK])
-    expected = sum(addend.double() for addend in addends).view(BLOCKS, BLOCK).square().sum(1)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
-    if exact:
-        written = np.zeros(BLOCKS)
-        HOST.squares(add(addends).numpy(), written)
-        assert found.tolist() == written.tolist()
 
 
 @pytest.mark.serial
