@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import Any, ClassVar, Protocol
 
@@ -88,11 +89,12 @@ def bytes_unsummed(num_slots: int, replicas: int, *, element: int, buffers: int)
     return nbytes if able else 0
 
 
-def compile_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of a function of tensors of any length, on its first call.
+@cache
+def compile_code(function: Callable[..., Any], *kind: object) -> Callable[..., Any]:
+    """torch.compile of a function of tensors of any length, on its first call; one for each `kind` of arguments.
 
-    PyTorch compiles the same code eight times at most, whoever asks for it, and then runs it as it is: other bits, and
-    slowly. So this is code of its own; and whoever calls it with too many kinds of arguments is told.
+    PyTorch compiles the same code eight times at most, whoever calls it, and then runs it as it is: other bits, and
+    slowly. So this is code of its own; and whoever calls it with too many other arguments is told.
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     made: Callable[..., Any] = torch.compile(FunctionType(code, function.__globals__), dynamic=True, fullgraph=True)

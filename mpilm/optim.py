@@ -88,9 +88,7 @@ class Update:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.lr = 0.0
-        rule = self.ONE_PASS if compiled else None
-        self._in_one_pass = compile_code(rule) if rule else None
-        self.adds = rule is not None
+        self.adds = compiled and self.ONE_PASS is not None
 
     def begin(self, step: int) -> None:
         """Set the learning rate of `step`."""
@@ -109,10 +107,8 @@ class Update:
 
     def apply(self, flat: Flat, scale: float) -> None:
         """One AdamW update of a run of flat memory; its gradients may be used up."""
-        if self._in_one_pass is not None:
-            self._in_one_pass(rebased(flat.masters), rebased(flat.weights) if flat.apart else None,
-                              tuple(map(rebased, flat.gradients)), *map(rebased, flat.states),
-                              *self._factors(scale, decay=flat.decay))
+        if self.adds:
+            self._apply_compiled(flat, scale)
             return
         gradient, = flat.gradients
         device = flat.masters.device
@@ -124,6 +120,12 @@ class Update:
             self._apply_chunk(masters, gradients, m, v, number, divisor, decay=flat.decay)
             if flat.apart:
                 weights.copy_(masters)
+
+    def _apply_compiled(self, flat: Flat, scale: float) -> None:
+        assert self.ONE_PASS is not None, "there is nothing to compile"
+        compile_code(self.ONE_PASS, len(flat.gradients), flat.apart)(
+            rebased(flat.masters), rebased(flat.weights) if flat.apart else None, tuple(map(rebased, flat.gradients)),
+            *map(rebased, flat.states), *self._factors(scale, decay=flat.decay))
 
     def _apply_chunk(self, masters: Tensor, gradients: Tensor, m: Tensor, v: Tensor, number: Tensor, divisor: Tensor, *,
                      decay: bool) -> None:

@@ -9,8 +9,7 @@ what is summed in float32 is the same elements in the same order, whoever does i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,19 +57,13 @@ class InOnePass:
     def __call__(self, gradients: Any, part: slice, out: Array) -> None:
         """As Squares."""
         addends = gradients.addends
-        lanes = compiled(len(addends))([bridge.rebased(addend[part]) for addend in addends])
+        lanes = compile_code(squares, len(addends))([bridge.rebased(addend[part]) for addend in addends])
         np.sum(lanes.numpy().reshape(len(out), -1), axis=1, dtype=np.float64, out=out)
 
 
 def by(device: Device, *, compiled: bool) -> Squares:
     """The way for gradients on `device`, which is a CPU if the update is compiled."""
     return InOnePass() if compiled else InParts(device)
-
-
-@cache
-def compiled(number: int) -> Callable[[Sequence[Tensor]], Tensor]:
-    """`squares` of so many addends."""
-    return compile_code(squares)
 
 
 def squares(addends: Sequence[Tensor]) -> Tensor:

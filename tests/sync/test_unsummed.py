@@ -73,6 +73,8 @@ def test_in_reproducible_mode_all_bits_are_those_of_one_rank(slots: int, axes: d
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """Clipped by norms, with the rows of a table, along the tree over all slots; and those of written sums. Three
     ranks' slots are summed, rank by rank, as on other nodes."""
+    if axes and slots == 4:
+        pytest.skip("as without axes")
     ranks = math.prod(size for size in axes.values() if isinstance(size, int))
     replicas = comm.size // ranks
     if comm.size % ranks or replicas & (replicas - 1) or slots * replicas > 8:
@@ -197,7 +199,7 @@ def test_what_cannot_be_compiled_fails_before_anything_is_changed(comm: MPI.Comm
         before = {name: p.detach().clone() for name, p in core.parameters().items()}
         for name in before:
             core.sync._take(name, torch.full_like(before[name], 1e-3))
-        monkeypatch.setattr(core.update, "_in_one_pass", fail)
+        monkeypatch.setattr(core.update, "_apply_compiled", fail)
         core.update.begin(0)
         with pytest.raises(RuntimeError, match="g\\+\\+ was killed"):
             core.sync.step(core.update, lambda: committed.append(True))
