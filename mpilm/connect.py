@@ -18,7 +18,7 @@ from mpilm.comm.node import Node
 from mpilm.comm.transport import ON_HOST, Transport
 from mpilm.comm.worker import Inline, Worker
 from mpilm.config import Config
-from mpilm.flat import bytes_unsummed
+from mpilm.flat import FLOAT_BYTES, bytes_unsummed
 from mpilm.launch import World, agree
 from mpilm.log import UserError, warn
 from mpilm.model.context import WHOLE, Whole
@@ -28,8 +28,6 @@ from mpilm.model.split import ALONE, Alone
 from mpilm.parallel import exchange, layout
 from mpilm.parallel.context import Ring
 from mpilm.parallel.tensor import Team
-
-FLOAT_BYTES = 4
 
 
 def context(mesh: Mesh, transport: Transport = ON_HOST) -> Whole:

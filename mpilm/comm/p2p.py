@@ -2,7 +2,8 @@
 
 A wait polls: it spins for a moment, because most answers are microseconds away, then sleeps in growing naps, because
 ranks often share their core with computing threads (their own, while the communication thread waits for a slower
-rank). A blocking MPI call would spin there all the time.
+rank). A blocking MPI call would spin there all the time. What looking moves is not slept over
+(motion.py).
 
     ledger = Ledger()
     ledger.send(comm, array, dest=1, tag=TAG_RING)      # the array is kept alive until wait() has returned

@@ -14,7 +14,6 @@ stages, in full precision, so their number does not enter it. What several of th
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from abc import ABC, abstractmethod
@@ -222,7 +221,8 @@ class Summing(Synchronizer[SummedBucket]):
         if self.rehearsed or not update.adds:
             return
         self.rehearsed = True
-        for flat in itertools.islice((flat for bucket in self.buckets for flat in bucket.flats()), 1):
+        kinds = {len(flat.gradients): flat for bucket in self.buckets for flat in bucket.flats()}
+        for flat in kinds.values():
             update.apply(flat.part(slice(0, REHEARSED)).copy(), scale)
 
     def _norm(self) -> float:
