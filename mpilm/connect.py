@@ -3,7 +3,7 @@ gradients over its replicas, and in which thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from mpi4py import MPI
@@ -53,18 +53,18 @@ def split(config: Config, world: World, mesh: Mesh, shape: Shape, decision: Arit
     return Team(world.owns(built[0]))
 
 
-def collective(config: Config, world: World, mesh: Mesh, parameters: Iterable[torch.nn.Parameter],
+def collective(config: Config, world: World, mesh: Mesh, parameters: Collection[torch.nn.Parameter],
                transport: Transport = ON_HOST) -> Collective:
-    """What sums gradients over the replicas. Collective over the mesh."""
+    """What sums gradients over the replicas: picked, if it is to be, by sums as long as a bucket gets. Collective over
+    the mesh."""
     node, reproducible = world.owns(Node.build(mesh.replicas)), config.run.reproducible
     slots = max(map(len, layout.slots(config, mesh.dp.size, reproducible=reproducible)))
     unsummed = bytes_unsummed(slots, node.comm.size, element=2,
                               buffers=Division(num_slots=slots, reproducible=reproducible).buffers)
-    return world.owns(choose.build(config.sync.collective, mesh.replicas, node, reproducible=reproducible,
-                                   count=int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES,
-                                   shared_bytes=room.shared(mesh, node, parameters,
-                                                            gradient=max(FLOAT_BYTES, unsummed)),
-                                   transport=transport, never=_never(mesh, transport)))
+    longest = min(int(config.sync.bucket_mib * 2**20) // FLOAT_BYTES, sum(p.numel() for p in parameters))
+    shared = room.shared(mesh, node, parameters, gradient=max(FLOAT_BYTES, unsummed))
+    return world.owns(choose.build(config.sync.collective, mesh.replicas, node, count=longest, shared_bytes=shared,
+                                   reproducible=reproducible, transport=transport, never=_never(mesh, transport)))
 
 
 def check(config: Config, mesh: Mesh, transport: Transport) -> None:

@@ -3,8 +3,8 @@
     mpirun -np 8 python -m pytest tests/test_contract.py
 
 Replicas, pipelines under any schedule and divided memory: the same bits. Ranks that share sequences or layers: the same
-within rounding. What fits is what layout.check lets through. Of the many ways to share among four or eight ranks every
-layout is run under every schedule with one way to divide memory, in turns; among fewer with all of them.
+within rounding. What fits is what layout.check lets through. Up to three ranks meet all ways to divide memory in every
+layout; four and eight, which have many layouts, every layout under every schedule with one of these ways, in turns.
 """
 
 from __future__ import annotations
@@ -28,8 +28,22 @@ WAYS = {"allreduce": {"kind": "allreduce"}, **{f"level {level}": {"kind": "shard
                                                for level in (1, 2, 3)}}
 
 
-def options(ranks, schedule):
-    """Those of all layouts that fit; without a pipeline one schedule is like another."""
+def turns(found, schedule, way):
+    """Of many layouts those whose turn it is."""
+    turn = list(WAYS).index(way) + sorted(schedules.MENU).index(schedule)
+    return found[turn % len(WAYS)::len(WAYS)]
+
+
+def options(ranks, schedule, way):
+    """Those of replicas and pipelines; without a pipeline one schedule is like another, and meets all ways."""
+    found = list(all_options(ranks, schedule))
+    if ranks <= MOST_WITH_ALL:
+        return found
+    return [one for one in found if one["pp"] == 1] + turns([one for one in found if one["pp"] > 1], schedule, way)
+
+
+def all_options(ranks, schedule):
+    """All of them that fit."""
     for pp in range(1, ranks + 1):
         chunks = (LAYERS + 2) // pp if schedule == "interleaved" else 1
         # Of these, tree keeps no memory in common: weights of level 3 must be gathered.
@@ -40,12 +54,9 @@ def options(ranks, schedule):
 
 
 def sharing(ranks, schedule, way):
-    """Those in which ranks share sequences or layers, of a model of four stages; of many, the turn of `way`."""
+    """Those in which ranks share sequences or layers, of a model of four stages."""
     found = list(all_sharing(ranks, schedule))
-    if ranks <= MOST_WITH_ALL:
-        return found
-    turn = list(WAYS).index(way) + sorted(schedules.MENU).index(schedule)
-    return found[turn % len(WAYS)::len(WAYS)]
+    return found if ranks <= MOST_WITH_ALL else turns(found, schedule, way)
 
 
 def all_sharing(ranks, schedule):
@@ -78,7 +89,7 @@ def expected():
 def test_every_layout_has_the_bits_of_one_rank(schedule, way, expected, comm, watch):
     """Steps in bf16: losses, gradient norms, and the weights that a rank holds."""
     losses, norms, weights = expected
-    for found in options(comm.size, schedule):
+    for found in options(comm.size, schedule, way):
         with watch(120):
             mine = parallel(configuration(**found, **WAYS[way]), precision="bf16")
         same = all(torch.equal(weights[name], value) for name, value in mine[2].items())

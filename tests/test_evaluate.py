@@ -16,6 +16,7 @@ from tests.small_jobs import train_here
 from tests.training_cases import configuration
 
 
+@pytest.mark.slow
 def test_a_large_split_goes_through_memory_in_pieces(comm, monkeypatch, tmp_path_all):
     """The loss has the same bits for any pieces and any number of ranks."""
     config = configuration(micro_batch_size=2)

@@ -1,8 +1,7 @@
-"""A rank that hangs or lags is named."""
+"""A rank that hangs is named; who lags, as far as that is arithmetic."""
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import time
@@ -25,12 +24,12 @@ def data(tmp_path_factory):
     return datasets.small(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize(("victims", "options"), [
-    ([1], {"sync.kind": "parameter_server"}), ([0, 1], {}), ([2], {"run.spares": 1})],
+@pytest.mark.parametrize(("ranks", "victims", "options"), [
+    (2, [1], {"sync.kind": "parameter_server"}), (3, [0, 1], {}), (2, [1], {"run.spares": 1})],
     ids=["a worker", "all but the last", "a spare"])
-def test_a_rank_that_stopped_is_named(data, tmp_path, victims, options):
+def test_a_rank_that_stopped_is_named(data, tmp_path, ranks, victims, options):
     options |= {"run.steps": 100000, "run.hang_timeout_s": TIMEOUT_S, "log.validate_every": 0}
-    with Job(3, data, tmp_path / "run", **options) as job:
+    with Job(ranks, data, tmp_path / "run", **options) as job:
         assert job.until_step(5), job.words.read_text()
         assert all(job.signal(victim, signal.SIGSTOP) for victim in victims)
         begun = time.monotonic()
@@ -40,7 +39,7 @@ def test_a_rank_that_stopped_is_named(data, tmp_path, victims, options):
     assert code == heartbeat.HUNG, said
     assert f"rank {', '.join(map(str, victims))} does not answer" in said
     assert without_steps(left).strip() in without_steps(said)
-    for other in {0, 1, 2} - set(victims):
+    for other in set(range(ranks)) - set(victims):
         assert f"rank {other}: step " in left
         assert f"rank {other} on " in left
     assert "thread MainThread" in left
@@ -92,21 +91,6 @@ def test_a_last_save_that_takes_long_is_no_hang(data, tmp_path):
         code = job.wait()
     assert code == 0, job.words.read_text()
     assert "finished at step 3" in job.words.read_text()
-
-
-@pytest.mark.parametrize(("ranks", "options"), [(3, {}), (4, {"sync.kind": "parameter_server", "sync.servers": 2})],
-                         ids=["replicas", "servers"])
-def test_a_rank_that_lags_is_named_in_log_and_metrics(data, tmp_path, ranks, options):
-    slow = ranks - 1
-    slowed = f"{slow}:mpilm.parallel.pipeline:Pipeline.run:+0.1"
-    options |= {"run.steps": 30, "run.hang_timeout_s": 2, "log.validate_every": 0}
-    with Job(ranks, data, tmp_path / "run", program=["tests.hurt_job", slowed], **options) as job:
-        assert job.wait() == 0, job.words.read_text()
-    assert f"rank {slow} is a straggler" in (tmp_path / "run" / "log.txt").read_text()
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert "stragglers" not in records[0]
-    assert list(records[-1]["stragglers"]) == [str(slow)]
-    assert records[-1]["stragglers"][str(slow)] > 1.5
 
 
 def beat(step, compute_s=0.1, part=0, doing="computing"):

@@ -13,8 +13,7 @@ from mpilm.checkpoint import Alone, Saved
 from mpilm.config import Checkpoint
 from mpilm.interval import FIRST, Interval, optimal
 from mpilm.log import UserError
-from tests import datasets
-from tests.chaos.jobs import Job
+from tests import datasets, small_jobs
 
 pytestmark = pytest.mark.serial
 
@@ -66,16 +65,15 @@ def test_no_sooner_than_it_is_written():
     assert interval.next == pytest.approx(FIRST + 60, abs=2)
 
 
-def test_a_run_that_decides_for_itself(tmp_path):
+def test_a_run_that_decides_for_itself(tmp_path, capsys):
     directory = tmp_path / "run"
-    options = {"checkpoint.every": "auto", "checkpoint.mtbf_h": 1e-6, "checkpoint.keep_last": 10}
-    with Job(2, datasets.small(tmp_path / "data"), directory, **options) as job:
-        assert job.wait() == 0, job.words.read_text()
+    options = {"checkpoint.every": "auto", "checkpoint.mtbf_h": 1e-6, "checkpoint.keep_last": 10, "run.steps": 40}
+    small_jobs.train_here(datasets.small(tmp_path / "data"), directory, **options)
     saved = sorted(int(path.name.removeprefix("step-")) for path in (directory / "checkpoints").iterdir())
     assert saved[0] == FIRST
     assert len(saved) > 2
     assert saved[-1] == 40
-    assert "saving every" in job.words.read_text()
+    assert "saving every" in capsys.readouterr().out
 
 
 def test_workers_with_old_parameters_must_know_where_they_meet():

@@ -1,4 +1,4 @@
-"""The same bits on any layout, stopped or not: real jobs of `python -m mpilm.train`, compared to the last bit."""
+"""The same bits on any layout, stopped or not: whole runs of `mpilm.train`, compared to the last bit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,26 @@ STEPS = 6
 OPTIONS = {"run.steps": STEPS, "data.mask_documents": "true", "model.layers": 2, "model.width": 64,
            "optim.warmup_steps": 2, "log.every": 1, "log.validate_every": 3, "log.validation_sequences": 8,
            "checkpoint.every": 2, "checkpoint.keep_last": 9}
-pytestmark = [pytest.mark.serial, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """One small dataset for all runs."""
-    return datasets.small(tmp_path_factory.mktemp("data"))
+@pytest.fixture
+def data(comm, tmp_path_all):
+    """A small dataset that all ranks see."""
+    return datasets.for_all(comm, tmp_path_all / "data")
+
+
+@pytest.mark.ranks(min=3, max=4)
+def test_any_number_of_replicas_or_stages_gives_the_same_bits(comm, data, run_mpi, tmp_path_all):
+    """The whole program on three replicas; on four stages, one for each of the embedding, two blocks and the head, in
+    bf16, with buckets of another size. Every combination is in test_contract.py."""
+    options = OPTIONS | ({"run.precision": "bf16"} if comm.size == 4 else {})
+    alone = small_jobs.arguments(data, tmp_path_all / "alone", **options)
+    assert run_mpi(0, ["-m", "mpilm.train", *alone]).rc == 0
+    layout = {3: {"sync.collective": "shared", "sync.bucket_mib": 64},
+              4: {"sync.collective": "tree", "sync.bucket_mib": 0.05, "parallel.pp": 4, "parallel.schedule": "zb"}}
+    small_jobs.train_here(data, tmp_path_all / "all", **options | layout[comm.size])
+    found, expected = ((losses(tmp_path_all / name), weights(tmp_path_all / name)) for name in ("all", "alone"))
+    assert found == expected
 
 
 @pytest.fixture
@@ -34,30 +47,15 @@ def train(run_mpi, data):
     return run
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    """What one rank does that nobody stops."""
-    return alone(data, tmp_path_factory.mktemp("undisturbed"))
+@pytest.fixture
+def undisturbed(data, tmp_path):
+    """What one rank does that nobody stops, in this process."""
+    small_jobs.train_here(data, tmp_path / "undisturbed", **OPTIONS)
+    return losses(tmp_path / "undisturbed"), weights(tmp_path / "undisturbed")
 
 
-def alone(data, directory, **changes):
-    """The job of one rank, in this process."""
-    small_jobs.train_here(data, directory, **OPTIONS | changes)
-    return losses(directory), weights(directory)
-
-
-def test_any_number_of_replicas_gives_the_same_bits(train, undisturbed, tmp_path):
-    """Every combination is in test_contract.py; these are whole jobs."""
-    assert train(3, tmp_path / "run", **{"sync.collective": "shared", "sync.bucket_mib": 64}) == undisturbed
-
-
-def test_any_number_of_stages_gives_the_same_bits(train, data, tmp_path):
-    """One for each of the embedding, two blocks and the head; in bf16; buckets of another size."""
-    short = {"run.steps": 3, "run.precision": "bf16"}
-    stages = {"sync.collective": "tree", "sync.bucket_mib": 0.05, "parallel.pp": 4, "parallel.schedule": "zb"}
-    assert train(4, tmp_path / "stages", **short, **stages) == alone(data, tmp_path / "alone", **short)
-
-
+@pytest.mark.serial
+@pytest.mark.slow
 def test_stopping_and_resuming_on_any_layout_gives_the_same_bits(train, undisturbed, run_mpi, tmp_path):
     """Two steps on two replicas of two stages with gradients divided, two on three stages, two on two ranks that gather
     weights, for the validation too; the metrics have every step once. Then it is evaluated."""
@@ -75,6 +73,8 @@ def test_stopping_and_resuming_on_any_layout_gives_the_same_bits(train, undistur
     assert f"validation loss {undisturbed[0][-1][4]:.4f}" in told
 
 
+@pytest.mark.serial
+@pytest.mark.slow
 def test_an_mpi_without_threads_gives_the_same_bits(train, undisturbed, tmp_path):
     """Sums wait for the end of the backward pass, and that is said."""
     for level, pp, said in [("serialized", 2, "without MPI_THREAD_MULTIPLE"),

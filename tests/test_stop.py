@@ -1,9 +1,15 @@
-"""A signal to one rank, or the time limit, ends all at one step, saved; the same command goes on to the same end."""
+"""A signal to one rank, or the time limit, ends all at one step, saved; the same command goes on to the same end.
+
+Real jobs, where signals come to processes that start or end; in the test's own ranks, whoever it is that gets them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +18,7 @@ import pytest
 from mpilm import allocation, asked, stop
 from mpilm.checkpoint import Alone, Writer, newest
 from mpilm.config import Checkpoint, Run
+from mpilm.failure import EndError
 from mpilm.log import UserError
 from mpilm.model.shape import Shape
 from mpilm.model.slices import Slices
@@ -20,45 +27,70 @@ from tests import datasets, small_jobs
 from tests.chaos.jobs import OPTIONS, Job, losses, weights
 from tests.checkpoint_cases import write
 
-pytestmark = pytest.mark.serial
+serial = pytest.mark.serial
 SERVERS = {"sync.kind": "parameter_server"}
 SHAPE = Shape(layers=1, width=8, heads=2, vocab_size=4)
 UNBOUNDED = SERVERS | {"sync.staleness": 1, "run.reproducible": "false"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
+@pytest.fixture
+def data(comm, tmp_path_all):
     """A dataset."""
-    return datasets.small(tmp_path_factory.mktemp("data"))
+    return datasets.for_all(comm, tmp_path_all / "data")
 
 
-def stopped(data, directory, number, *, ranks=2, rank=1, **options):
-    """Send one rank a signal in the middle; what the job said."""
-    with Job(ranks, data, directory, **options) as job:
-        assert job.until_step(8), job.words.read_text()
-        assert job.signal(rank, number)
-        assert job.wait() == stop.AGAIN, job.words.read_text()
-    return job.words.read_text()
-
-
+@serial
 def test_a_signal_to_one_rank_stops_all_and_the_same_command_goes_on(data, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     small_jobs.train_here(data, whole, **OPTIONS)
-    assert "stopped because a rank got SIGUSR1; saved" in stopped(data, cut, signal.SIGUSR1)
+    with Job(2, data, cut, **OPTIONS) as job:
+        assert job.until_step(8), job.words.read_text()
+        assert job.signal(1, signal.SIGTERM)
+        assert job.wait() == stop.AGAIN, job.words.read_text()
+    assert "stopped because a rank got SIGTERM; saved" in job.words.read_text()
     last = int(weights(cut).split()[0])
     assert losses(cut)[-1][0] == last < losses(whole)[-1][0]
     small_jobs.train_here(data, cut, **OPTIONS)
     assert (weights(cut), losses(cut)) == (weights(whole), losses(whole))
 
 
+@contextlib.contextmanager
+def asked_at(step, directory, *, me):
+    """A thread sends this process a signal once there are metrics of that step, if it is `me` who is to get one."""
+    over, metrics = threading.Event(), directory / "metrics.jsonl"
+
+    def send():
+        while not over.wait(0.002):
+            if metrics.exists() and metrics.read_text().count("\n") >= step:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                return
+
+    thread = threading.Thread(target=send)
+    if me:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if me:
+            thread.join()
+
+
 @pytest.mark.parametrize(("options", "ranks", "rank"), [
     ({"parallel.pp": 2}, 2, 0), (SERVERS, 3, 0), (UNBOUNDED, 3, 2), ({"run.spares": 1}, 2, 1)],
     ids=["pipeline", "a server", "a worker with old parameters", "a spare"])
-def test_whoever_gets_it(data, tmp_path, options, ranks, rank):
-    assert "got SIGTERM; saved" in stopped(data, tmp_path / "run", signal.SIGTERM, ranks=ranks, rank=rank, **options)
-    assert int(weights(tmp_path / "run").split()[0]) >= 8
+def test_whoever_gets_it(comm, data, tmp_path_all, watch, options, ranks, rank):
+    if comm.size != ranks:
+        pytest.skip("another number of ranks")
+    run, trains = tmp_path_all / "run", comm.rank < ranks - options.get("run.spares", 0)
+    ended = pytest.raises(EndError, match="got SIGUSR1; saved") if trains else contextlib.nullcontext()
+    with watch(60), asked_at(8, run, me=comm.rank == rank), ended as end:
+        small_jobs.train_here(data, run, **OPTIONS | options | {"run.steps": 100000})
+    assert end is None or end.value.code == stop.AGAIN
+    assert int(weights(run).split()[0]) >= 8
 
 
+@serial
 def test_no_moment_is_the_wrong_one(data, tmp_path):
     """Signals from before MPI starts until the process is gone: the exit code is that of a run that is saved."""
     with Job(2, data, tmp_path / "run") as job:
@@ -79,24 +111,29 @@ def heeds(pid, number):
     return any(int(mask, 16) >> (number - 1) & 1 for mask in found)
 
 
-def test_the_time_limit(data, tmp_path):
-    with Job(2, data, tmp_path / "run", **{"run.steps": 100000, "run.time_limit_s": 6, "run.stop_before_s": 3}) as job:
-        assert job.wait() == stop.AGAIN, job.words.read_text()
-    assert "stopped because the time is up" in job.words.read_text()
-    assert int(weights(tmp_path / "run").split()[0]) > 0
+@pytest.mark.ranks(min=2, max=2)
+def test_the_time_limit(data, tmp_path_all):
+    options = {"run.steps": 100000, "run.time_limit_s": 2, "run.stop_before_s": 1}
+    with pytest.raises(EndError, match="stopped because the time is up; saved") as end:
+        small_jobs.train_here(data, tmp_path_all / "run", **OPTIONS | options)
+    assert end.value.code == stop.AGAIN
+    assert int(weights(tmp_path_all / "run").split()[0]) > 0
 
 
+@serial
 def test_the_allocation_is_the_limit(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "2000000000")
     assert asked.Asked(Run()).limit()() == pytest.approx(2000000000 - time.time(), abs=5)
 
 
+@serial
 def test_a_clock_that_is_set_ends_no_job(monkeypatch):
     left = asked.Asked(Run(time_limit_s=100)).limit()
     monkeypatch.setattr(asked.time, "time", lambda: 4e9)
     assert left() == pytest.approx(100, abs=5)
 
 
+@serial
 def test_what_a_save_takes_is_known_from_the_checkpoint(comm, tmp_path):
     write(tmp_path / "c", comm, [6])
     reader = newest(tmp_path / "c", Alone())
@@ -112,12 +149,14 @@ class NoTensors:
         return []
 
 
+@serial
 @pytest.mark.parametrize(("text", "wanted"), [("1-00:00:00", 86400), ("10:00", 600), ("1:00:00\n", 3600),
                                               ("UNLIMITED", None), ("", None), ("INVALID", None)])
 def test_durations_of_slurm(text, wanted):
     assert allocation.seconds(text) == wanted
 
 
+@serial
 def test_what_qstat_says():
     text = "Job Id: 1.pbs\n    resources_used.walltime = 00:20:00\n    Resource_List.walltime = 02:00:00\n"
     assert allocation.pbs_left(text) == 6000
@@ -125,12 +164,14 @@ def test_what_qstat_says():
     assert allocation.pbs_left("qstat: Unknown Job Id") is None
 
 
+@serial
 @pytest.mark.parametrize("names", ["KILL", "USR3", "USR1 TERM", "SIG_DFL"])
 def test_what_is_no_signal(names):
     with pytest.raises(UserError, match=r"--run\.stop_signals .*: .* is no signal"):
         asked.numbers(names)
 
 
+@serial
 def test_signals_by_name():
     assert asked.numbers("usr1, SIGTERM") == [signal.SIGUSR1, signal.SIGTERM]
     assert asked.numbers("") == []

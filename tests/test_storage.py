@@ -11,10 +11,10 @@ import pytest
 from tests import datasets, small_jobs
 from tests.chaos import storage
 
-pytestmark = pytest.mark.serial
 TRIALS = 1
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(not any(map(shutil.which, ("gcc", "cc", "g++", "clang"))), reason="needs a C compiler")
 def test_a_write_is_refused(tmp_path):
     data = datasets.small(tmp_path / "data")
@@ -22,13 +22,13 @@ def test_a_write_is_refused(tmp_path):
     assert [trial for trial in trials if trial.problem] == []
 
 
-def test_files_of_a_run_have_the_rights_that_the_user_wants(run_mpi, tmp_path):
-    directory, before = tmp_path / "run", os.umask(0o027)
+@pytest.mark.ranks(min=2, max=2)
+def test_files_of_a_run_have_the_rights_that_the_user_wants(comm, tmp_path_all):
+    data, directory, before = datasets.for_all(comm, tmp_path_all / "data"), tmp_path_all / "run", os.umask(0o027)
     try:
-        result = run_mpi(2, ["-m", "mpilm.train", *small_jobs.arguments(datasets.small(tmp_path / "data"), directory)])
+        small_jobs.train_here(data, directory)
     finally:
         os.umask(before)
-    assert result.rc == 0, result.stderr
     paths = list(directory.rglob("*"))
     assert len(paths) > 5
     assert {oct(path.stat().st_mode & 0o777) for path in paths if path.is_dir()} == {"0o750"}

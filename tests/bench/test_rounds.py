@@ -75,6 +75,7 @@ def test_the_cores_of_all_ranks_together(comm):
     assert set(shared_cores(comm)) <= set(range(os.cpu_count() or 1))
 
 
+@pytest.mark.serial
 def test_peak_memory_is_seen_though_it_is_gone_later():
     with _memory.peak([os.getpid()]) as peaks:
         before = _memory.pss(os.getpid())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mpilm.checkpoint import Alone, newest
 from tests.chaos.jobs import Job, weights
-from tests.chaos.kills import Trial, undisturbed
+from tests.chaos.kills import Trial
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 USER_ERROR = 2
@@ -33,8 +33,7 @@ def refused(trials: int, draw: random.Random, data: Path, folder: Path, *, ranks
     """Of all calls that write below the run directory, one fails and all after it; then the disk is mended."""
     built = library(folder)
     assert built is not None, "there is no C compiler"
-    total = count(built, data, folder, ranks)
-    wanted, _ = undisturbed(data, folder)
+    total, wanted = undisturbed(built, data, folder, ranks)
     for number in range(trials):
         call, error, directory = draw.randint(1, total), draw.choice(ERRORS), folder / f"refused-{number}"
         environment = {"LD_PRELOAD": str(built), "REFUSE_BELOW": f"{directory}/", "REFUSE_CALL": str(call),
@@ -52,13 +51,14 @@ def refused(trials: int, draw: random.Random, data: Path, folder: Path, *, ranks
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def count(built: Path, data: Path, folder: Path, ranks: int) -> int:
-    """Calls that write, of a job that nothing happens to; of the rank that writes last, with several."""
+def undisturbed(built: Path, data: Path, folder: Path, ranks: int) -> tuple[int, str]:
+    """Of a job that nothing happens to, the calls that write, with several ranks of the one that writes last; and its
+    weights."""
     tally, directory = folder / "calls", folder / "counted"
     environment = {"LD_PRELOAD": str(built), "REFUSE_BELOW": f"{directory}/", "REFUSE_COUNT": str(tally)}
     with Job(ranks, data, directory, environment=environment) as job:
         assert job.wait() == 0, job.words.read_text()
-    return int(tally.read_text())
+    return int(tally.read_text()), weights(directory)
 
 
 def _problem(job: Job, code: int | None, error: int, directory: Path) -> str:

@@ -12,6 +12,7 @@ from mpilm.log import UserError
 from tests.helpers import everywhere
 
 
+@pytest.mark.slow
 def test_prepared_once_by_all_ranks(comm, tmp_path_all):
     """From a part of the library here, to be quick; `make train` makes the whole."""
     files = [path for path in corpus.library() if path.parent.name in ("json", "email", "asyncio")]
@@ -24,6 +25,7 @@ def test_prepared_once_by_all_ranks(comm, tmp_path_all):
     everywhere(comm, again == folder and (folder / "index.json").stat().st_mtime_ns == before, "made again")
 
 
+@pytest.mark.slow
 def test_a_damaged_one_is_named(comm, tmp_path_all):
     files = [path for path in corpus.library() if path.parent.name in ("json", "email")]
     folder = corpus.prepare(tmp_path_all / "corpus", comm, files=files)
@@ -35,6 +37,7 @@ def test_a_damaged_one_is_named(comm, tmp_path_all):
         corpus.prepare(tmp_path_all / "corpus", comm, files=files)
 
 
+@pytest.mark.serial
 def test_the_library():
     files = corpus.library()
     assert sum(path.stat().st_size for path in files) > 10e6
@@ -42,6 +45,7 @@ def test_the_library():
     assert files == sorted(files)
 
 
+@pytest.mark.serial
 def test_the_validation_split_is_a_sensible_share_of_the_library():
     """Enough documents that its loss means something, and few enough to learn from the rest."""
     sizes = [(path.stat().st_size, split_of(key_of(path.read_bytes()), corpus.VALIDATION))
@@ -51,6 +55,7 @@ def test_the_validation_split_is_a_sensible_share_of_the_library():
     assert 0.03 < sum(mine) / sum(size for size, _ in sizes) < 0.08
 
 
+@pytest.mark.serial
 def test_an_interpreter_without_source(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(UserError, match=r"--data\.path"):

@@ -31,6 +31,7 @@ def test_a_whole_one(folder):
     assert _format.read_index(folder).fingerprint in told
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(data=st.data())
 def test_a_flipped_bit_anywhere(folder, data):

@@ -112,7 +112,6 @@ def test_topk_sends_the_largest():
 
 
 @pytest.mark.serial
-@pytest.mark.serial
 def test_bits_are_packed_alike_anywhere():
     """In the order that NumPy has."""
     bits = torch.rand(8 * 1001, generator=torch.Generator().manual_seed(1)) < 0.3
@@ -122,6 +121,7 @@ def test_bits_are_packed_alike_anywhere():
     assert torch.equal(onebit.unpack(packed), bits.to(torch.uint8))
 
 
+@pytest.mark.serial
 def test_int8_leaves_for_later_what_is_small_beside_its_chunk():
     """An embedding of which two rows were read: the others send nothing, and arrive once they have grown."""
     codec, values = compress.get("int8")(), torch.full((1 << 16,), 1e-4)
@@ -152,6 +152,7 @@ def test_a_sum_over_ranks_is_exact_but_for_the_residuals(name, count, small, com
     exact_but_for_residuals(Exchange(compress.get(name)(), comm, count, small=small), comm, count)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", ["none", "onebit"])     # the longest and the shortest messages
 @pytest.mark.parametrize(("small", "synchronous"), [(False, False), (False, True), (True, False)])
 def test_room_is_used_again_when_what_was_there_is_through(name, small, synchronous, comm: MPI.Comm, monkeypatch):

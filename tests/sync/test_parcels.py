@@ -67,6 +67,7 @@ def test_packing_changes_no_bit(packs, comm: MPI.Comm):
                    f"bytes of step {step}")
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(min=2)
 def test_a_slow_line_is_noticed(comm: MPI.Comm):
     """What all ranks agree on."""

@@ -73,7 +73,7 @@ def test_in_reproducible_mode_all_bits_are_those_of_one_rank(slots: int, axes: d
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """Clipped by norms, with the rows of a table, along the tree over all slots; and those of written sums. Three
     ranks' slots are summed, rank by rank, as on other nodes."""
-    if axes and slots == 4:
+    if axes and slots != 2:
         pytest.skip("as without axes")
     ranks = math.prod(size for size in axes.values() if isinstance(size, int))
     replicas = comm.size // ranks
