@@ -98,8 +98,8 @@ def test_servers_get_gradients_as_they_are_in_the_warm_up(comm):
 @pytest.mark.parametrize("way", CODECS)
 @pytest.mark.parametrize("staleness", [0, "inf"])
 def test_servers_that_get_codes_learn(way, staleness, comm):
-    """A batch by heart."""
-    config = compressed(with_servers(1, staleness=staleness), way, warmup=5)
+    """A small batch by heart."""
+    config = compressed(with_servers(1, staleness=staleness, sequences=4), way, warmup=5)
     config.run.steps = 30
     mine = server_cases.train(config, draw=lambda step: windows(0))
     everywhere(comm, mine is None or mine[0][-1] < mine[0][0] / 2, str(mine and mine[0]))

@@ -198,9 +198,9 @@ def test_the_fast_go_ahead_as_far_as_allowed(staleness, ahead, comm, watch):
 @pytest.mark.turns
 @pytest.mark.parametrize("rule", RULES)
 def test_asynchronous_training_learns(rule, comm):
-    """A batch by heart, as synchronous training does."""
+    """A small batch by heart, as synchronous training does."""
     steps = 24
-    config = with_servers(1, staleness="inf", rule=rule)
+    config = with_servers(1, staleness="inf", rule=rule, sequences=4)
     config.run.steps = steps
     mine = server_cases.train(config, draw=lambda step: windows(0))
     everywhere(comm, mine is None or mine[0][-1] < mine[0][0] / 2, str(mine and mine[0]))
