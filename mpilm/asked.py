@@ -6,7 +6,7 @@
 A signal may come at any moment: while libraries load and ranks find each other, which takes its time on many nodes, or
 when all is saved already and the process is about to end, because the batch system's signal and the program's own look
 at the clock come at the same time. Neither may end a rank by the signal, with an exit code that nobody resubmits. So it
-is heeded before the session begins, also over the start anew that tunes memory (startup.py), until the process ends.
+is heeded before the session begins, until the process ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class Asked:
 
     def __enter__(self) -> Asked:
         self.handlers = {number: signal.signal(number, self._heed) for number in self.numbers}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.numbers)    # what came while the process started anew comes now
         return self
 
     def __exit__(self, *error: object) -> None:

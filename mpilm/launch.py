@@ -135,8 +135,15 @@ class World:
         self.comm.Free()
 
 
-def command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a UserError before its session is told once, without traceback: exit code 2."""
+def command(main: Callable[[], None], *, tune: bool = True) -> None:
+    """Run a command's `main`; a UserError before its session is told once, without traceback: exit code 2.
+
+    Args:
+        tune: Whether to start anew under our settings for malloc, before anything else is done; a benchmark may want
+            the usual ones.
+    """
+    if tune:
+        startup.tune_malloc()
     try:
         main()
     except UserError as error:
@@ -144,16 +151,15 @@ def command(main: Callable[[], None]) -> None:
 
 
 @contextmanager
-def session(*, run_dir: str | Path | None = None, device: str = "host", tune: bool = True) -> Iterator[World]:
+def session(*, run_dir: str | Path | None = None, device: str = "host") -> Iterator[World]:
     """Start MPI, find this rank's place, and end the job together. Collective over all ranks.
 
     With a `run_dir`, rank 0 also writes what it says to log.txt there and prints the placement table. Inside a program
-    that has started MPI itself (a test) the session neither tunes nor ends anything, and errors pass through.
+    that has started MPI itself (a test) the session ends nothing, and errors pass through.
 
     Args:
         run_dir: The run directory; made where it is missing.
         device: Whether to choose a GPU by local rank, as `run.device`.
-        tune: Whether to start under our settings for malloc; a benchmark may want the usual ones.
 
     Raises:
         SystemExit: With code 2 on every rank after a UserError.
@@ -170,8 +176,6 @@ def session(*, run_dir: str | Path | None = None, device: str = "host", tune: bo
             raise
         world.free()
         return
-    if tune:
-        startup.tune_malloc()
     startup.allow_open_files()
     launcher = placement.launcher(os.environ)
     chosen = startup.choose_gpu((launcher and launcher.local_rank) or 0, device)

@@ -8,7 +8,7 @@ import json
 import pkgutil
 from types import ModuleType
 
-from mpilm import bench
+from mpilm import bench, startup
 from mpilm.bench._options import DEVICES, OPTIONS, STOCK_MALLOC
 from mpilm.bench.table import Table
 from mpilm.launch import command, session
@@ -48,7 +48,9 @@ def main() -> None:
     """Parse the command line, run one benchmark on all ranks, print on rank 0."""
     own = vars(_parser().parse_args())
     name, as_json = own.pop("name"), own.pop("json")
-    with session(device=DEVICES.get(name, "host"), tune=name not in STOCK_MALLOC) as world:
+    if name not in STOCK_MALLOC:
+        startup.tune_malloc()
+    with session(device=DEVICES.get(name, "host")) as world:
         module = get(name)
         if name in DEVICES:
             own["device"] = world.device
@@ -66,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, tune=False)
