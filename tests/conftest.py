@@ -98,7 +98,7 @@ def _fits(item: pytest.Item) -> bool:
     assert wanted is None or not wanted.args, f"{item.nodeid}: write ranks(min=..., max=...)"
     limits = wanted.kwargs if wanted else {}
     least, most = limits.get("min", 1), 1 if item.get_closest_marker("serial") else limits.get("max", WORLD.size)
-    dealt = item.get_closest_marker("turns") and hasattr(item, "callspec") and least <= 2 < WORLD.size
+    dealt = item.get_closest_marker("turns") and hasattr(item, "callspec") and least <= 2 != WORLD.size
     return least <= WORLD.size <= most and (not dealt or zlib.crc32(item.nodeid.encode()) % 2 == WORLD.size % 2)
 
 

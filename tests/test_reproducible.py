@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 
+from mpilm import evaluate
 from tests import datasets, small_jobs
 from tests.chaos.jobs import losses, weights
 
@@ -56,7 +58,7 @@ def undisturbed(data, tmp_path):
 
 @pytest.mark.serial
 @pytest.mark.slow
-def test_stopping_and_resuming_on_any_layout_gives_the_same_bits(train, undisturbed, run_mpi, tmp_path):
+def test_stopping_and_resuming_on_any_layout_gives_the_same_bits(train, undisturbed, tmp_path, monkeypatch, capsys):
     """Two steps on two replicas of two stages with gradients divided, two on three stages, two on two ranks that gather
     weights, for the validation too; the metrics have every step once. Then it is evaluated."""
     pieces = tmp_path / "pieces"
@@ -69,8 +71,9 @@ def test_stopping_and_resuming_on_any_layout_gives_the_same_bits(train, undistur
             if int(path.name.removeprefix("step-")) > stop:
                 shutil.rmtree(path)
     assert course == undisturbed
-    told = run_mpi(2, ["-m", "mpilm.evaluate", str(pieces), "--sequences", "8"]).stdout
-    assert f"validation loss {undisturbed[0][-1][4]:.4f}" in told
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(pieces), "--sequences", "8"])
+    evaluate.main()
+    assert f"validation loss {undisturbed[0][-1][4]:.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.serial

@@ -1,19 +1,16 @@
 """The benchmark of parameter servers: its menu, and a run that says nothing about speed."""
 
-import json
-
 import pytest
 
-from mpilm.bench import _servers
+from mpilm.bench import _servers, server
 from mpilm.bench._contenders import CASES, Place
 from mpilm.bench._servers import mpilm
 from mpilm.bench._serving import Pace
 from mpilm.log import UserError
-from tests.helpers import UNCOMPILED, run_nested
-
-pytestmark = pytest.mark.serial
+from tests.helpers import UNCOMPILED
 
 
+@pytest.mark.serial
 def test_a_name_says_who_serves():
     """And how parameters come back."""
     found = {}
@@ -26,6 +23,7 @@ def test_a_name_says_who_serves():
         _servers.who("mpilm")
 
 
+@pytest.mark.serial
 def test_slow_steps_are_one_worker_s_or_anyone_s():
     """The same in every run."""
     one, anyone = Pace(40, 1.0, 4.0), Pace(40, 1.0, 4.0, anyone=True)
@@ -34,18 +32,20 @@ def test_slow_steps_are_one_worker_s_or_anyone_s():
     assert anyone.of(1, 3) == anyone.of(1, 3) != anyone.of(2, 3)
 
 
-@pytest.mark.slow
-def test_json_has_an_object_a_line():
+@pytest.mark.ranks(min=3, max=3)
+def test_figures_for_all(comm, monkeypatch):
     """Training beside one rank alone, updates beside bare MPI, and the curve over staleness."""
-    result = run_nested(3, ["-m", "mpilm.bench", "server", "--json", "--case", "tiny", "--rounds", "1", "--steps", "1",
-                            "--mib", "1", "--sleep_ms", "1"], timeout=280, env=UNCOMPILED)
-    assert result.rc == 0, result.stderr
+    for name, value in UNCOMPILED.items():
+        monkeypatch.setenv(name, value)
     found = {}
-    for line in map(json.loads, result.stdout.splitlines()):
-        assert line["bench"] == "server" and line["value"] > 0
-        found.setdefault((line["case"], line["unit"]), []).append(line["who"])
+
+    def emit(case, who, value, unit):
+        assert value > 0
+        found.setdefault((case, unit), []).append(who)
+
+    server.run(comm, emit, case="tiny", who="mpilm-server,mpilm-alone", rounds=1, steps=1, mib=1, sleep_ms=1)
     bounds = ["mpilm-s0", "mpilm-s1", "mpilm-s4", "mpilm-inf"]
     assert found == {("tiny", "tokens/s"): ["mpilm-server", "mpilm-alone"],
                      ("update of 1 MiB by 2 workers", "ms"): ["mpilm-server", "bare"],
                      ("nobody slow", "steps/s"): bounds, ("one slow worker", "steps/s"): bounds,
-                     ("anyone slow at times", "steps/s"): bounds}, result.stderr
+                     ("anyone slow at times", "steps/s"): bounds}
