@@ -10,6 +10,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,19 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
     given = world.comm.bcast(given)
     if given == precision.FP8:
         _require_fp8(config, world, shape, device)
-    speeds = precision.measure([precision.carrier(given)] if given else precision.DTYPES, device=device.torch)
+    speeds = _speeds((precision.carrier(given), ) if given else tuple(precision.DTYPES), device.torch, threads)
     chosen = world.comm.bcast(given or precision.best(speeds))
     decision = Arithmetic(chosen, _compiles(config, world, shape, recorded), threads, config.data.micro_batch_size,
                           config.run.reproducible, cpu_model() if device is HOST else device.title, torch.__version__)
     _warn_of_changes(decision, recorded)
     _warn_of_mixed_machines(decision, world)
     return decision, world.comm.allreduce(speeds[precision.carrier(chosen)])
+
+
+@cache
+def _speeds(names: tuple[str, ...], device: str, threads: int) -> dict[str, float]:
+    """Measured once in a process: what goes on after a death does so without."""
+    return precision.measure(names, device=device)
 
 
 def _require_fp8(config: Config, world: World, shape: Shape, device: Device) -> None:

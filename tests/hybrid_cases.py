@@ -43,7 +43,7 @@ def examples(count=EXAMPLES):
     return draw.normal(size=(count, 12)), draw.integers(0, 4, count)
 
 
-def configuration(*, lr=1e-2, clip=1.0, decay=0.1, precision="auto", collective="shared", reproducible=True, slots=8,
+def configuration(*, lr=1e-2, clip=1.0, decay=0.1, precision="fp32", collective="shared", reproducible=True, slots=8,
                   **parallel):
     """A step of 16 examples; `parallel`: options of that section."""
     return Config(run=Run(steps=STEPS, seed=3, precision=precision, reproducible=reproducible),

@@ -17,7 +17,7 @@ ALONE = {}  # of every configuration that was asked for
 SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are nothing but rounding
 
 
-def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0,
+def configuration(collective="shared", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0,
                   kind="allreduce", level=1, sequences=SEQUENCES, tied=False, layers=2, steps=STEPS, model=None,
                   **parallel):
     """A small model and a step of eight sequences, or of fewer; `model` and `parallel`: options of these sections."""
@@ -34,7 +34,7 @@ def configuration(collective="auto", *, reproducible=True, bucket_mib=0.25, micr
 DIVISIBLE = {"width": 96, "heads": 24, "kv_heads": 24, "hidden": 192, "vocab_size": 120}
 
 
-def divisible(collective="auto", **options):
+def divisible(collective="shared", **options):
     """A model whose layers can be shared."""
     return configuration(collective, model=DIVISIBLE, **options)
 

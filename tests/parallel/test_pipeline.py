@@ -53,13 +53,11 @@ def test_blocks_that_are_computed_again_have_the_same_bits(name, comm):
 @pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
 def test_compiled_code_has_the_same_bits(comm):
     """Every rank compiles for itself, and what it runs does not depend on how much of a step falls to it; also where
-    backward passes are split, or blocks computed again."""
+    backward passes are split and blocks computed again."""
     expected = alone(configuration(), precision="bf16", compiled=True)
-    for schedule, recompute in (("1f1b", True), ("zb", False)):
-        torch._dynamo.reset()
-        found = parallel(configuration(pp=comm.size, schedule=schedule, recompute=recompute), precision="bf16",
-                         compiled=True)
-        everywhere(comm, same(expected, found), schedule)
+    torch._dynamo.reset()
+    found = parallel(configuration(pp=comm.size, schedule="zb", recompute=True), precision="bf16", compiled=True)
+    everywhere(comm, same(expected, found), f"{found[:2]}, not {expected[:2]}")
 
 
 def test_stages_dealt_by_hand_have_the_same_bits(comm):
