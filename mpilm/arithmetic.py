@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from mpilm.model.shape import Shape
 # on one core with vector units. A fixed number, because what is decided must not depend on the layout.
 WORTH_COMPILING_FLOPS = 5e13
 COMPILERS = ("g++", "clang++", "c++")
+_measured: dict[tuple[str, str, int], float] = {}   # FLOP/s by precision, device and threads
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
     given = world.comm.bcast(given)
     if given == precision.FP8:
         _require_fp8(config, world, shape, device)
-    speeds = _speeds((precision.carrier(given), ) if given else tuple(precision.DTYPES), device.torch, threads)
+    speeds = _speeds([precision.carrier(given)] if given else precision.DTYPES, device.torch, threads)
     chosen = world.comm.bcast(given or precision.best(speeds))
     decision = Arithmetic(chosen, _compiles(config, world, shape, recorded), threads, config.data.micro_batch_size,
                           config.run.reproducible, cpu_model() if device is HOST else device.title, torch.__version__)
@@ -82,10 +82,12 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
     return decision, world.comm.allreduce(speeds[precision.carrier(chosen)])
 
 
-@cache
-def _speeds(names: tuple[str, ...], device: str, threads: int) -> dict[str, float]:
-    """Measured once in a process: what goes on after a death does so without."""
-    return precision.measure(names, device=device)
+def _speeds(names: Iterable[str], device: str, threads: int) -> dict[str, float]:
+    """Measured once in a process: a run that goes on after a death does so without."""
+    unknown = [name for name in names if (name, device, threads) not in _measured]
+    for name, speed in precision.measure(unknown, device=device).items():
+        _measured[name, device, threads] = speed
+    return {name: _measured[name, device, threads] for name in names}
 
 
 def _require_fp8(config: Config, world: World, shape: Shape, device: Device) -> None:

@@ -6,7 +6,7 @@
 A signal may come at any moment: while libraries load and ranks find each other, which takes its time on many nodes, or
 when all is saved already and the process is about to end, because the batch system's signal and the program's own look
 at the clock come at the same time. Neither may end a rank by the signal, with an exit code that nobody resubmits. So it
-is heeded before the session begins, until the process ends.
+is heeded before the session begins, as soon as the options are read, until the process ends.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mpilm import log, placement, starting, startup
-from mpilm.failure import Guard, RankError, agree, on_root
+from mpilm.failure import EndError, Guard, RankError, agree, on_root
 from mpilm.log import UserError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def session(*, run_dir: str | Path | None = None, device: str = "host") -> Itera
         try:
             greet(world, run_dir)
             yield world
-        except UserError:  # is raised on all ranks
+        except (UserError, EndError):   # all ranks leave, if not all of them by this
             world.free()
             raise
         world.free()

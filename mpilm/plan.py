@@ -70,4 +70,4 @@ def drawing(name: str, ranks: int, num_microbatches: int, chunks: int = 1) -> st
 
 
 if __name__ == "__main__":
-    launch.command(main)
+    launch.command(main, tune=False)    # it only draws

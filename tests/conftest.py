@@ -48,6 +48,7 @@ import pytest  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
 from tests.helpers import Result, run_nested  # noqa: E402
+from tests.selection import fits  # noqa: E402
 
 atexit.register(MPI.Finalize)
 # pytest's own temporary directories: ranks that share a root remove each other's.
@@ -88,18 +89,9 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out, on all ranks alike, what does not fit the number of ranks."""
-    left_out = [item for item in items if not _fits(item)]
+    left_out = [item for item in items if not fits(item, WORLD.size)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if _fits(item)]
-
-
-def _fits(item: pytest.Item) -> bool:
-    wanted = item.get_closest_marker("ranks")
-    assert wanted is None or not wanted.args, f"{item.nodeid}: write ranks(min=..., max=...)"
-    limits = wanted.kwargs if wanted else {}
-    least, most = limits.get("min", 1), 1 if item.get_closest_marker("serial") else limits.get("max", WORLD.size)
-    dealt = item.get_closest_marker("turns") and hasattr(item, "callspec") and least <= 2 != WORLD.size
-    return least <= WORLD.size <= most and (not dealt or zlib.crc32(item.nodeid.encode()) % 2 == WORLD.size % 2)
+    items[:] = [item for item in items if fits(item, WORLD.size)]
 
 
 @pytest.hookimpl(tryfirst=True)

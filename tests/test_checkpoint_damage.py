@@ -15,7 +15,7 @@ from tests.chaos.damage import DAMAGE, flip
 from tests.checkpoint_cases import assert_holds, tensors, write
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(1, 3, 4))
 @pytest.mark.parametrize("what", DAMAGE)
 @pytest.mark.parametrize("which", ["manifest.json", "first", "last"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(comm, tmp_path_all, what, which):

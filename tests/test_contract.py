@@ -28,9 +28,9 @@ WAYS = {"allreduce": {"kind": "allreduce"}, **{f"level {level}": {"kind": "shard
                                                for level in (1, 2, 3)}}
 
 
-def turns(found, schedule, way):
-    """Of many layouts those whose turn it is."""
-    turn = list(WAYS).index(way) + sorted(schedules.MENU).index(schedule)
+def dealt(found, ranks, schedule, way):
+    """Of many layouts those that meet this way under this schedule; other numbers of ranks have other pairs."""
+    turn = list(WAYS).index(way) + sorted(schedules.MENU).index(schedule) + ranks.bit_length()
     return found[turn % len(WAYS)::len(WAYS)]
 
 
@@ -39,7 +39,8 @@ def options(ranks, schedule, way):
     found = list(all_options(ranks, schedule))
     if ranks <= MOST_WITH_ALL:
         return found
-    return [one for one in found if one["pp"] == 1] + turns([one for one in found if one["pp"] > 1], schedule, way)
+    return [one for one in found if one["pp"] == 1] + \
+        dealt([one for one in found if one["pp"] > 1], ranks, schedule, way)
 
 
 def all_options(ranks, schedule):
@@ -56,7 +57,7 @@ def all_options(ranks, schedule):
 def sharing(ranks, schedule, way):
     """Those in which ranks share sequences or layers, of a model of four stages."""
     found = list(all_sharing(ranks, schedule))
-    return found if ranks <= MOST_WITH_ALL else turns(found, schedule, way)
+    return found if ranks <= MOST_WITH_ALL else dealt(found, ranks, schedule, way)
 
 
 def all_sharing(ranks, schedule):
@@ -89,7 +90,10 @@ def expected():
 def test_every_layout_has_the_bits_of_one_rank(schedule, way, expected, comm, watch):
     """Steps in bf16: losses, gradient norms, and the weights that a rank holds."""
     losses, norms, weights = expected
-    for found in options(comm.size, schedule, way):
+    layouts = list(options(comm.size, schedule, way))
+    if not layouts:
+        pytest.skip("other pairs have their turn")
+    for found in layouts:
         with watch(120):
             mine = parallel(configuration(**found, **WAYS[way]), precision="bf16")
         same = all(torch.equal(weights[name], value) for name, value in mine[2].items())

@@ -30,7 +30,6 @@ serial = pytest.mark.serial
 WAYS = {"allreduce": configuration, "level 1": lambda name: sharded(name, 1)}
 
 
-@pytest.mark.turns
 @pytest.mark.parametrize("how", [Direct, pytest.param(Staged, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["shared", "tree"])
 @pytest.mark.parametrize("way", WAYS)
@@ -56,7 +55,7 @@ def test_a_step_that_does_not_follow_its_thread_shows(way: str, comm: MPI.Comm,
     assert any(comm.allgather(wrong)), "the bits are right for all that"
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(1, 3))
 @pytest.mark.ranks(max=3)      # as the next one: nothing is new with four, and it takes long
 @pytest.mark.parametrize(("way", "code"), [*(("allreduce", name) for name in compress.names()), ("level 2", "none")])
 @pytest.mark.parametrize("how", [Direct, Staged])
@@ -79,7 +78,7 @@ def test_stages_send_through_the_host(schedule: str, comm: MPI.Comm) -> None:
     everywhere(comm, same(alone(configuration(), precision="bf16"), found), f"{found[:2]}")
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(1, 3))
 @pytest.mark.ranks(max=3)
 @pytest.mark.parametrize("how", [Direct, Staged])
 @pytest.mark.parametrize("fragments", [0, 2])
@@ -105,7 +104,7 @@ def test_replicas_that_train_by_themselves(fragments: int, how: type, comm: MPI.
     everywhere(comm, all(np.array_equal(runs[key], values) for key, values in one_runs.items()) and len(runs) > 9)
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("compress", ["none", "int8"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

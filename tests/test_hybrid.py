@@ -21,7 +21,7 @@ def layouts(comm):
     return [pp for pp in range(1, comm.size + 1) if comm.size % pp == 0]
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(1, 3))
 @every_schedule
 @pytest.mark.parametrize("layers", [perceptron, images])
 def test_any_layout_has_the_bits_of_one_rank(name, layers, comm):

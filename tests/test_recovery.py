@@ -32,12 +32,13 @@ MOMENTS = {
     "in a message": (2, "0:mpilm.comm.p2p:Ledger.wait:40", {"sync.collective": "tree"}),
     "between stages, then one without a replica": (
         4, "1:mpilm.parallel.messages:Messages.send:9,2:mpilm.parallel.messages:Messages.send:24", PIPELINES),
-    "writing a checkpoint, before it updates, finishing a checkpoint": (
-        4, "1:mpilm.checkpoint.files:write_share:1,2:mpilm.sync.allreduce:Allreduce._update:12,"
-           "0:mpilm.checkpoint.files:commit:2", SHARED),
-    "sharded, evaluating, then saving what is left": (
-        4, "2:mpilm.parallel.pipeline:Pipeline.run:3,1:mpilm.validation:Validation.loss:1,"
-           "0:mpilm.checkpoint.files:commit:3", SHARDED),
+    "writing a checkpoint, finishing one, before it updates": (
+        4, "1:mpilm.checkpoint.files:write_share:1,0:mpilm.checkpoint.files:commit:2,"
+           "2:mpilm.sync.allreduce:Allreduce._update:12", SHARED),
+    "evaluating, then saving what is left": (
+        3, "1:mpilm.validation:Validation.loss:1,0:mpilm.checkpoint.files:commit:2", {}),
+    "sharded, then evaluating": (
+        3, "2:mpilm.parallel.pipeline:Pipeline.run:3,1:mpilm.validation:Validation.loss:1", SHARDED),
     "while others recover": (
         4, "1:mpilm.parallel.pipeline:Pipeline.run:7,2:mpilm.recovery:_save:1,0:mpilm.assemble:program:2", {}),
     "before it tells of a step, then all but a spare": (

@@ -24,17 +24,23 @@ def data(comm, tmp_path_all):
 
 
 @pytest.mark.ranks(min=3, max=4)
-def test_any_number_of_replicas_or_stages_gives_the_same_bits(comm, data, run_mpi, tmp_path_all):
+def test_any_number_of_replicas_or_stages_gives_the_same_bits(comm, data, run_mpi, tmp_path_all, monkeypatch, capsys):
     """The whole program on three replicas; on four stages, one for each of the embedding, two blocks and the head, in
-    bf16, with buckets of another size. Every combination is in test_contract.py."""
+    bf16, with buckets of another size. Then it is evaluated. Every combination is in test_contract.py."""
     options = OPTIONS | ({"run.precision": "bf16"} if comm.size == 4 else {})
     alone = small_jobs.arguments(data, tmp_path_all / "alone", **options)
-    assert run_mpi(0, ["-m", "mpilm.train", *alone]).rc == 0
+    result = run_mpi(0, ["-m", "mpilm.train", *alone])
+    assert result.rc == 0, result.stderr
     layout = {3: {"sync.collective": "shared", "sync.bucket_mib": 64},
               4: {"sync.collective": "tree", "sync.bucket_mib": 0.05, "parallel.pp": 4, "parallel.schedule": "zb"}}
     small_jobs.train_here(data, tmp_path_all / "all", **options | layout[comm.size])
     found, expected = ((losses(tmp_path_all / name), weights(tmp_path_all / name)) for name in ("all", "alone"))
     assert found == expected
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path_all / "alone"), "--sequences", "8"])
+    capsys.readouterr()
+    evaluate.main()
+    told = capsys.readouterr().out
+    assert comm.rank or f"validation loss {expected[0][-1][4]:.4f}" in told, told
 
 
 @pytest.fixture

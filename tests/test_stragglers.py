@@ -13,7 +13,7 @@ from tests import datasets, small_jobs
 SERVERS = {"sync.kind": "parameter_server", "sync.servers": 2}
 
 
-@pytest.mark.ranks(min=3)
+@pytest.mark.ranks(min=3, max=4)
 def test_a_rank_that_lags_is_named_in_log_and_metrics(comm, tmp_path_all, monkeypatch):
     """The last of three replicas; of two workers beside two servers."""
     slow, run, compute = comm.size - 1, tmp_path_all / "run", Pipeline.run

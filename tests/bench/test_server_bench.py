@@ -3,6 +3,7 @@
 import pytest
 
 from mpilm.bench import _servers, server
+from mpilm.bench.__main__ import _parser
 from mpilm.bench._contenders import CASES, Place
 from mpilm.bench._servers import mpilm
 from mpilm.bench._serving import Pace
@@ -43,7 +44,9 @@ def test_figures_for_all(comm, monkeypatch):
         assert value > 0
         found.setdefault((case, unit), []).append(who)
 
-    server.run(comm, emit, case="tiny", who="mpilm-server,mpilm-alone", rounds=1, steps=1, mib=1, sleep_ms=1)
+    given = vars(_parser().parse_args(["server", "--case", "tiny", "--rounds", "1", "--steps", "1", "--mib", "1",
+                                       "--sleep_ms", "1"]))
+    server.run(comm, emit, **{name: value for name, value in given.items() if name not in ("name", "json")})
     bounds = ["mpilm-s0", "mpilm-s1", "mpilm-s4", "mpilm-inf"]
     assert found == {("tiny", "tokens/s"): ["mpilm-server", "mpilm-alone"],
                      ("update of 1 MiB by 2 workers", "ms"): ["mpilm-server", "bare"],

@@ -61,7 +61,6 @@ def test_sums_like_numpy_and_all_ranks_hold_the_same_bits(
     same_everywhere(comm, got)
 
 
-@pytest.mark.turns
 @pytest.mark.parametrize("where", ["in a node", "in a node with little room", "between nodes"])
 @pytest.mark.parametrize("name", ["ring", "tree"])
 def test_messages_of_any_length_make_the_same_sums(name: str, where: str, comm: MPI.Comm,

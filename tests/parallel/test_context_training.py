@@ -98,7 +98,7 @@ def test_the_length_of_these_sequences_fits_every_ring():
     assert all(LENGTH % (2 * size) == 0 for size in (1, 2, 3, 4))
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(1, 3))
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_memory_divided_over_ranks_that_share_sequences(comm, level):
     """They hold the same parameters, like replicas, and divide them like replicas: three steps of one rank, and at

@@ -28,7 +28,7 @@ def options(name, pp):
     return {"pp": pp, "schedule": name, "chunks": 4 // pp}
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(3, 4))
 @every_schedule
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_have_the_bits_of_one_rank(name, precision, comm):

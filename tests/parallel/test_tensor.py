@@ -32,7 +32,6 @@ ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.01}
 NAMES = ["shared", "ring", "tree", "mpi"]
 
 
-@pytest.mark.turns
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=25)
 @given(batch=st.integers(1, 3), tokens=st.integers(1, 5), width=st.integers(1, 9), dim=st.integers(0, 2),
@@ -101,7 +100,6 @@ def mine(whole, slices, name):
     return torch.cat([part.cut(tensors[part.tensor]) for part in slices.parts(name)])
 
 
-@pytest.mark.turns
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=10)
 @given(data=st.data(), batch=st.integers(1, 2), length=st.integers(1, 6), documents=st.booleans())

@@ -152,7 +152,7 @@ def test_a_sum_over_ranks_is_exact_but_for_the_residuals(name, count, small, com
     exact_but_for_residuals(Exchange(compress.get(name)(), comm, count, small=small), comm, count)
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.parametrize("name", ["none", "onebit"])     # the longest and the shortest messages
 @pytest.mark.parametrize(("small", "synchronous"), [(False, False), (False, True), (True, False)])
 def test_room_is_used_again_when_what_was_there_is_through(name, small, synchronous, comm: MPI.Comm, monkeypatch):

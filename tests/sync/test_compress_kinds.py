@@ -37,7 +37,7 @@ def course(config, world):
     return seen, Traffic.sent - before, weights.numpy()
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.parametrize("way", WAYS)
 def test_sharded_learns_what_allreduce_learns(way, comm):
     """The same codes of the same gradients, whoever updates what; a small bucket may be cut elsewhere."""
@@ -49,7 +49,7 @@ def test_sharded_learns_what_allreduce_learns(way, comm):
         world.comm.Barrier()
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.parametrize("way", WAYS)
 def test_local_sgd_sends_differences_so(way, comm):
     """Few bytes at the end of a round, none within; all ranks have the same bits after it, and nothing is lost: with

@@ -84,14 +84,13 @@ def merge(travelling, replicas, anchors, outer, shares):
     travelling.clear()
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(1, 3))
 @pytest.mark.parametrize("options", [
     {"every": 3, "fragments": 0, "outer_lr": 1.0, "outer_momentum": 0.0},
     {"every": 2, "fragments": 0, "outer_lr": 0.7, "outer_momentum": 0.9},
     {"every": 1, "fragments": 1, "outer_lr": 1.0, "outer_momentum": 0.0},
     {"every": 4, "fragments": 3, "outer_lr": 0.7, "outer_momentum": 0.9},
 ], ids=str)
-@pytest.mark.turns
 def test_it_is_what_plain_torch_makes_of_all_replicas(options, comm):
     """Any number of ranks, with different numbers of slots too, and in two stages where they are even."""
     config = local(layers_of_ones_own(pp=2 - comm.size % 2), **options)
@@ -126,7 +125,7 @@ def weights(core):
     return torch.cat([p.detach().float().flatten() for p in core.parameters().values()]).numpy()
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(1, 3))
 @pytest.mark.parametrize("collective", ["ring", "shared", "mpi"])
 def test_after_an_average_all_ranks_hold_the_same_bits(collective, comm):
     """And before it they do not; a second run has the same bits again."""

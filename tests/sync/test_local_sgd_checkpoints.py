@@ -14,7 +14,7 @@ from tests.sync.test_resharding import saved, step
 from tests.training_cases import batch_of, build
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.parametrize("options", [{"every": 3}, {"every": 4, "fragments": 2, "outer_momentum": 0.9},
                                      {"every": 2, "local_after": 1}], ids=str)
 def test_evaluation_and_checkpoint_have_the_average_and_change_nothing(options, comm):
@@ -37,7 +37,7 @@ def test_evaluation_and_checkpoint_have_the_average_and_change_nothing(options, 
         world.comm.Barrier()
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.parametrize("kind", ["allreduce", "sharded", "local_sgd"])
 def test_any_kind_goes_on_from_a_checkpoint_and_the_other_way_round(kind, comm):
     """All ranks, or one alone, begin with the average; the outer momentum comes along."""

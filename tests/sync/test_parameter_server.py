@@ -29,7 +29,7 @@ def same(expected, mine):
                             all(torch.equal(mine[2][name], value) for name, value in expected[2].items()))
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -127,7 +127,7 @@ def test_servers_share_by_bytes_and_workers_hold_no_state(comm):
 DELAYS = st.lists(st.lists(st.sampled_from([0, 0, 1, 4]), min_size=6, max_size=6), min_size=3, max_size=3)
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("ranks_per_node", [1, 4])
 @pytest.mark.parametrize("servers", [1, 2])
@@ -195,7 +195,6 @@ def test_the_fast_go_ahead_as_far_as_allowed(staleness, ahead, comm, watch):
     assert (set(saw[0].histogram) == {"0"}) is (staleness == 0)
 
 
-@pytest.mark.turns
 @pytest.mark.parametrize("rule", RULES)
 def test_asynchronous_training_learns(rule, comm):
     """A small batch by heart, as synchronous training does."""

@@ -38,7 +38,7 @@ def saved(core, comm):
     return whole
 
 
-@pytest.mark.turns
+@pytest.mark.turns(at=(1, 3))
 @pytest.mark.parametrize("before", WAYS)
 def test_any_way_goes_on_as_any_other(before, comm):
     """Also from two stages to none, and back."""

@@ -57,7 +57,6 @@ def test_over_several_nodes(ranks_per_node, comm, monkeypatch):
         everywhere(comm, same(expected, parallel(sharded("shared", level))), f"level {level}")
 
 
-@pytest.mark.turns
 @pytest.mark.parametrize("name", ["ring", "mpi", "shared"])
 def test_the_fast_mode_is_near(name, comm):
     """Any number of ranks that divides the slots, three too; all ranks hold the same bits."""
