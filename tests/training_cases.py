@@ -17,7 +17,7 @@ ALONE = {}  # of every configuration that was asked for
 SMOOTH = 1e-3  # with a small eps Adam moves by the sign of gradients that are nothing but rounding
 
 
-def configuration(collective="shared", *, reproducible=True, bucket_mib=0.25, micro_batch_size=1, clip=1.0,
+def configuration(collective="shared", *, reproducible=True, bucket_mib=0.5, micro_batch_size=1, clip=1.0,
                   kind="allreduce", level=1, sequences=SEQUENCES, tied=False, layers=2, steps=STEPS, model=None,
                   **parallel):
     """A small model and a step of eight sequences, or of fewer; `model` and `parallel`: options of these sections."""
