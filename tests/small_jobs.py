@@ -1,7 +1,7 @@
 """Jobs of `python -m mpilm.train` that take a second: as real jobs, or in the process of the test.
 
-    attempt(run_mpi, data, directory, **{"model.width": 64})     a job of two ranks: .rc .stdout .stderr
-    train_here(data, directory, **{"model.width": 64})           the same on the test's own ranks; raises errors
+    run_mpi(2, ["-m", "mpilm.train", *arguments(data, directory, **{"model.width": 64})])
+    train_here(data, directory, **{"model.width": 64})      the same on the test's own ranks; raises errors
 """
 
 from __future__ import annotations
@@ -17,11 +17,6 @@ def arguments(data, directory, **changes):
     """What stands on the command line."""
     options = OPTIONS | {"data.path": data, "run.dir": directory} | changes
     return [text for key, value in options.items() for text in (f"--{key}", str(value))]
-
-
-def attempt(run_mpi, data, directory, **changes):
-    """Start training on two ranks."""
-    return run_mpi(2, ["-m", "mpilm.train", *arguments(data, directory, **changes)])
 
 
 def train_here(data, directory, **changes):

@@ -17,7 +17,7 @@ from mpilm.lock import locked
 from mpilm.log import UserError
 from tests import datasets
 from tests.helpers import everywhere
-from tests.small_jobs import attempt, train_here
+from tests.small_jobs import arguments, train_here
 
 OPTION_NAMES = [f"{section}.{key}" for section, values in Config().to_dict().items() for key in values]
 
@@ -136,7 +136,7 @@ def test_what_cannot_work_is_refused_on_all_ranks(data, tmp_path_all, changes, n
 def test_a_job_that_cannot_work_says_why_and_ends(run_mpi, data, tmp_path):
     """When it turns out; without a traceback, and with an exit code of its own."""
     diverging = {"optim.lr": 1e30, "optim.warmup_steps": 0, "run.steps": 30, "run.max_skipped": 3}
-    result = attempt(run_mpi, data, tmp_path / "run", **diverging)
+    result = run_mpi(0, ["-m", "mpilm.train", *arguments(data, tmp_path / "run", **diverging)])
     said = result.stdout + result.stderr
     assert result.rc == 2, said
     assert said.count("3 times in a row") == 1 and "Traceback" not in said, said

@@ -26,7 +26,7 @@ def found(way, part=slice(0, BLOCKS * BLOCK), **gradients):
 
 
 @settings(max_examples=20)
-@given(number=st.sampled_from([1, 2, 3, 4, 8]), first=st.integers(0, BLOCKS - 1), length=st.integers(1, BLOCKS),
+@given(number=st.sampled_from([1, 3, 8]), first=st.integers(0, BLOCKS - 1), length=st.integers(1, BLOCKS),
        seed=st.integers(0, 99))
 def test_no_bit_depends_on_who_adds_up_what(number, first, length, seed):
     """Nor on which part of a segment is whose; and they are what they should be."""
