@@ -15,42 +15,34 @@ ARGS ?=
 PIP_ARGS ?=
 
 ACTIVATE := source $(VENV)/bin/activate
-# Two of our targets at a time; a folder says which files of tests have been taken, each tells at its end what it has seen.
-BESIDE = shared=$$(mktemp -d) && trap 'rm -rf "$$shared"' EXIT && \
-	$(MAKE) --no-print-directory -k -j2 -Otarget SHARED=$$shared
 PYTEST := python -m pytest
 comma := ,
 MPI_EXTRA := $(filter-out none,$(MPI))
 
-.PHONY: train test test-1 test-2 test-3 test-4 test-8 one-of-two other-of-two then-3 then-4 then-8 then-1 lint bench
+.PHONY: train test test-1 test-2 test-3 test-4 test-8 one-of-two other-of-two lint bench
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.ready
 	@$(ACTIVATE) && mpirun -np $(NP) python -m mpilm.train $(ARGS)
 
-# The slow tests run once, on 2 ranks; those that need one rank run on one. Tests on one rank start jobs and mostly wait
-# for them, so they run beside all others, which come one after the other and then help with what is left of the files.
-test: $(VENV)/.ready-test
-	@$(BESIDE) one-of-two then-1
-
-then-3: test-2
-then-4: then-3
-then-8: then-4
-then-1: then-8
-then-3 then-4 then-8: then-%:
-	@$(MAKE) --no-print-directory test-$*
-then-1:
-	@$(MAKE) --no-print-directory other-of-two
+# The slow tests run once, on 2 ranks; those that need one rank run on one.
+test:
+	@$(MAKE) --no-print-directory test-2
+	@$(MAKE) --no-print-directory test-1
+	@$(MAKE) --no-print-directory test-3
+	@$(MAKE) --no-print-directory test-4
+	@$(MAKE) --no-print-directory test-8
 
 test-2: $(VENV)/.ready-test
 	@$(ACTIVATE) && mpirun -np 2 $(PYTEST) $(ARGS)
 
+# Tests that start jobs mostly wait for them, so two runs share the files; each tells at its end what it has seen.
 test-1: $(VENV)/.ready-test
-	@$(BESIDE) one-of-two other-of-two
+	@shared=$$(mktemp -d) && trap 'rm -rf "$$shared"' EXIT && \
+		MPILM_TEST_BESIDE=$$shared $(MAKE) --no-print-directory -k -j2 -Otarget one-of-two other-of-two
 
 # Not bound to a core, which both would be.
 one-of-two other-of-two: export PRTE_MCA_hwloc_default_binding_policy := none
-one-of-two other-of-two: export MPILM_TEST_BESIDE := $(SHARED)
 one-of-two other-of-two:
 	@$(ACTIVATE) && mpirun -np 1 $(PYTEST) -m "serial or not slow" $(ARGS)
 
