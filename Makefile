@@ -19,6 +19,9 @@ PYTEST := python -m pytest
 comma := ,
 MPI_EXTRA := $(filter-out none,$(MPI))
 
+# Else each of some 200 processes that the tests start would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-1 test-2 test-3 test-4 test-8 one-of-two other-of-two lint bench
 .DELETE_ON_ERROR:
 
@@ -33,6 +36,9 @@ test:
 	@$(MAKE) --no-print-directory test-4
 	@$(MAKE) --no-print-directory test-8
 
+# Not bound to a core: one rank alone compiles on both, and two runs side by side would have the same one.
+test-2 one-of-two other-of-two: export PRTE_MCA_hwloc_default_binding_policy := none
+
 test-2: $(VENV)/.ready-test
 	@$(ACTIVATE) && mpirun -np 2 $(PYTEST) $(ARGS)
 
@@ -41,8 +47,6 @@ test-1: $(VENV)/.ready-test
 	@shared=$$(mktemp -d) && trap 'rm -rf "$$shared"' EXIT && \
 		MPILM_TEST_BESIDE=$$shared $(MAKE) --no-print-directory -k -j2 -Otarget one-of-two other-of-two
 
-# Not bound to a core, which both would be.
-one-of-two other-of-two: export PRTE_MCA_hwloc_default_binding_policy := none
 one-of-two other-of-two:
 	@$(ACTIVATE) && mpirun -np 1 $(PYTEST) -m "serial or not slow" $(ARGS)
 

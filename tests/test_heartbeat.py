@@ -25,8 +25,8 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("ranks", "victims", "options"), [
-    (2, [1], {"sync.kind": "parameter_server"}), (3, [0, 1], {}), (2, [1], {"run.spares": 1})],
-    ids=["a worker", "all but the last", "a spare"])
+    (3, [0, 1], {"sync.kind": "parameter_server"}), (2, [1], {"run.spares": 1})],
+    ids=["a server and a worker, all but the last", "a spare"])
 def test_a_rank_that_stopped_is_named(data, tmp_path, ranks, victims, options):
     options |= {"run.steps": 100000, "run.hang_timeout_s": TIMEOUT_S, "log.validate_every": 0}
     with Job(ranks, data, tmp_path / "run", **options) as job:

@@ -25,13 +25,14 @@ def data(comm, tmp_path_all):
 
 @pytest.mark.ranks(min=3, max=4)
 def test_any_number_of_replicas_or_stages_gives_the_same_bits(comm, data, run_mpi, tmp_path_all, monkeypatch, capsys):
-    """The whole program on three replicas; on four stages, one for each of the embedding, two blocks and the head, in
-    bf16, with buckets of another size. Then it is evaluated. Every combination is in test_contract.py."""
+    """The whole program on three replicas that gather weights, for the validation too; on four stages, one for each of
+    the embedding, two blocks and the head, in bf16, with buckets of another size. Then it is evaluated. Every
+    combination is in test_contract.py."""
     options = OPTIONS | ({"run.precision": "bf16"} if comm.size == 4 else {})
     alone = small_jobs.arguments(data, tmp_path_all / "alone", **options)
     result = run_mpi(0, ["-m", "mpilm.train", *alone])
     assert result.rc == 0, result.stderr
-    layout = {3: {"sync.collective": "shared", "sync.bucket_mib": 64},
+    layout = {3: {"sync.kind": "sharded", "sync.level": 3, "sync.collective": "shared", "sync.bucket_mib": 64},
               4: {"sync.collective": "tree", "sync.bucket_mib": 0.05, "parallel.pp": 4, "parallel.schedule": "zb"}}
     small_jobs.train_here(data, tmp_path_all / "all", **options | layout[comm.size])
     found, expected = ((losses(tmp_path_all / name), weights(tmp_path_all / name)) for name in ("all", "alone"))
@@ -45,33 +46,35 @@ def test_any_number_of_replicas_or_stages_gives_the_same_bits(comm, data, run_mp
 
 @pytest.fixture
 def train(run_mpi, data):
-    """train(ranks, directory, **options) -> what metrics.jsonl and the final checkpoint say."""
+    """train(ranks, directory, **options) -> what metrics.jsonl and the final checkpoint say. 0 ranks: in this process.
+    """
     def run(ranks, directory, env=None, says="", **changes):
-        arguments = small_jobs.arguments(data, directory, **OPTIONS | changes)
-        result = run_mpi(ranks, ["-m", "mpilm.train", *arguments], env=env)
-        assert result.rc == 0, result.stdout + result.stderr
-        assert says in result.stdout + result.stderr
+        if ranks:
+            arguments = small_jobs.arguments(data, directory, **OPTIONS | changes)
+            result = run_mpi(ranks, ["-m", "mpilm.train", *arguments], env=env)
+            assert result.rc == 0, result.stdout + result.stderr
+            assert says in result.stdout + result.stderr
+        else:
+            small_jobs.train_here(data, directory, **OPTIONS | changes)
         return losses(directory), weights(directory)
     return run
 
 
 @pytest.fixture
-def undisturbed(data, tmp_path):
-    """What one rank does that nobody stops, in this process."""
-    small_jobs.train_here(data, tmp_path / "undisturbed", **OPTIONS)
-    return losses(tmp_path / "undisturbed"), weights(tmp_path / "undisturbed")
+def undisturbed(train, tmp_path):
+    """What one rank does that nobody stops."""
+    return train(0, tmp_path / "undisturbed")
 
 
 @pytest.mark.serial
 @pytest.mark.slow
 def test_stopping_and_resuming_on_any_layout_gives_the_same_bits(train, undisturbed, tmp_path, monkeypatch, capsys):
-    """Two steps on two replicas of two stages with gradients divided, two on three stages, two on two ranks that gather
-    weights, for the validation too; the metrics have every step once. Then it is evaluated."""
+    """Two steps on two replicas of two stages with gradients divided, two on one rank, two on three stages; the metrics
+    have every step once. Then it is evaluated."""
     pieces = tmp_path / "pieces"
-    divided = {"sync.kind": "sharded", "sync.collective": "tree"}
+    divided = {"sync.kind": "sharded", "sync.level": 2, "sync.collective": "tree"}
     interleaved = {"parallel.pp": 2, "parallel.schedule": "interleaved"}
-    for ranks, stop, options in [(4, 2, divided | interleaved | {"sync.level": 2}), (3, 4, {"parallel.pp": 3}),
-                                 (2, STEPS, divided | {"sync.level": 3})]:
+    for ranks, stop, options in [(4, 2, divided | interleaved), (0, 4, {}), (3, STEPS, {"parallel.pp": 3})]:
         course = train(ranks, pieces, **options)
         for path in (pieces / "checkpoints").iterdir():
             if int(path.name.removeprefix("step-")) > stop:

@@ -16,16 +16,16 @@ from mpilm.progress import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FP8 = "fp8"             # bf16, but for the products of linear layers (products.py)
-SIZES = (128, 256, 512, 1024)   # the last: large enough for the matrix units, small enough for 10 ms in float32
+SIZES = (128, 256, 512, 1024)   # the last: large enough for matrix units and many threads
 GPU_SIZES = (8192,)     # 2 ms a product in bf16
 ROUNDS = 5
 WORTH = 1.2             # bf16 must be so much faster to give up the bits of float32
-LONGEST_S = 0.1         # what a product must not take, by the speed of a smaller one
+LONGEST_S = 0.02        # what a product must not take, by the speed of a smaller one: that has filled the units
 
 
 def measure(names: Iterable[str], *, sizes: Sequence[int] = (), rounds: int = ROUNDS,
             device: str = "cpu") -> dict[str, float]:
-    """FLOP/s of a square product in each precision: the best of a few interleaved rounds, about 0.2 s.
+    """FLOP/s of a square product in each precision: the best of a few interleaved rounds, 0.1 s at most.
 
     A processor without units for bf16 takes seconds for a large product, so sizes grow, and what is too slow for the
     next one keeps the speed it had.
