@@ -11,7 +11,7 @@ from mpilm.flat import Flat
 from mpilm.flat import add as flat_add
 from mpilm.optim import Update, learning_rate
 
-pytestmark = pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]     # the compiler warns of its own code
 
 
 def flat(count, *, decay=True, dtype=torch.float32):
