@@ -15,12 +15,10 @@ ARGS ?=
 PIP_ARGS ?=
 
 ACTIVATE := source $(VENV)/bin/activate
-PYTEST := python -m pytest
+# Where nothing may be written beside sources, each of some 200 processes that tests start would compile our modules anew.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE python -m pytest
 comma := ,
 MPI_EXTRA := $(filter-out none,$(MPI))
-
-# Else each of some 200 processes that the tests start would compile our modules anew.
-unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test test-1 test-2 test-3 test-4 test-8 one-of-two other-of-two lint bench
 .DELETE_ON_ERROR:

@@ -25,7 +25,7 @@ LONGEST_S = 0.02        # what a product must not take, by the speed of a smalle
 
 def measure(names: Iterable[str], *, sizes: Sequence[int] = (), rounds: int = ROUNDS,
             device: str = "cpu") -> dict[str, float]:
-    """FLOP/s of a square product in each precision: the best of a few interleaved rounds, 0.1 s at most.
+    """FLOP/s of a square product in each precision: the best of a few interleaved rounds, about 0.1 s each at most.
 
     A processor without units for bf16 takes seconds for a large product, so sizes grow, and what is too slow for the
     next one keeps the speed it had.
