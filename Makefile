@@ -1,5 +1,6 @@
 # make train     set up .venv and train on this machine; ends with a sample of what the model writes
-# make test      the whole suite on 2, 1, 3 and 4 ranks, and every layout on 8
+# make test      the whole suite on 2, 1, 3 and 4 ranks
+# make test-8    every layout on 8 ranks
 # make lint      ruff, mypy, shellcheck
 # make bench     ours and what a user would pick instead, interleaved
 #
@@ -32,7 +33,6 @@ test:
 	@$(MAKE) --no-print-directory test-1
 	@$(MAKE) --no-print-directory test-3
 	@$(MAKE) --no-print-directory test-4
-	@$(MAKE) --no-print-directory test-8
 
 # Not bound to a core: one rank alone compiles on both, and two runs side by side would have the same one.
 test-2 one-of-two other-of-two: export PRTE_MCA_hwloc_default_binding_policy := none
