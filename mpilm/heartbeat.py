@@ -193,8 +193,9 @@ class Heart:
             time.sleep(0.02)
         if self._stands_back():     # two have noticed at the same time
             return
-        silent = [rank for rank in range(self.comm.size) if rank not in self.stacks]
-        self._tell(self.vigil.report(self.stacks, self.vigil.missing() if self.hears_all else silent))
+        # Who waits for answers does not beat meanwhile, and a busy machine may keep a beat back: whoever answers is there.
+        suspects = self.vigil.missing() if self.hears_all else range(self.comm.size)
+        self._tell(self.vigil.report(self.stacks, [rank for rank in suspects if rank not in self.stacks]))
 
     def _tell(self, report: str) -> NoReturn:
         sys.stderr.write(report)
