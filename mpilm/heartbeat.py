@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 import numpy as np
 from mpi4py import MPI
 
+from mpilm.comm import p2p
 from mpilm.config import Run
 from mpilm.failure import wait_until_read
 from mpilm.launch import World
@@ -155,7 +156,7 @@ class Heart:
 
     def _listen(self) -> None:
         status = MPI.Status()
-        while self.comm.Iprobe(source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG, status=status):
+        while p2p.has_come(self.comm, status=status):
             buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             self.comm.Recv(buffer, source=status.source, tag=status.tag)
             text = buffer.tobytes().decode(errors="replace")

@@ -17,6 +17,7 @@ from mpi4py import MPI
 
 from mpilm.asked import NOTHING, Asked
 from mpilm.checkpoint.agreement import Rounds
+from mpilm.comm import p2p
 
 AGAIN = 75      # EX_TEMPFAIL of sysexits.h
 TAG = 1
@@ -69,7 +70,7 @@ class Relay:
 
     def hear(self) -> int:
         """The first signal of a rank that waits; of rank 0."""
-        while self.comm.Iprobe(tag=TAG):
+        while p2p.has_come(self.comm, tag=TAG):
             told = np.empty_like(self.heard)
             self.comm.Recv(told, tag=TAG)
             np.minimum(self.heard, told, out=self.heard)
