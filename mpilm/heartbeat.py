@@ -194,7 +194,7 @@ class Heart:
             time.sleep(0.02)
         if self._stands_back():     # two have noticed at the same time
             return
-        # Who waits for answers does not beat meanwhile, and a busy machine may keep a beat back: whoever answers is there.
+        # Who waits for answers does not beat meanwhile, and a beat may be kept back: whoever answers is there.
         suspects = self.vigil.missing() if self.hears_all else range(self.comm.size)
         self._tell(self.vigil.report(self.stacks, [rank for rank in suspects if rank not in self.stacks]))
 
