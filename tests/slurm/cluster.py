@@ -34,6 +34,9 @@ NODES = ("n1", "n2")
 SECONDS = 120.0     # on a machine that has much else to do
 CONFIGURATION = """
 ClusterName=test
+# Numbers that no other cluster of tests has had: MPICH names its shared memory by them, and leaves it behind when it is
+# killed.
+FirstJobId={first_job}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
@@ -92,7 +95,8 @@ class Cluster:
         ports = _free_ports(3)
         (directory / "state").mkdir()
         (directory / "plugstack.conf").touch()
-        text = CONFIGURATION.format(directory=directory, controller_port=ports[0], n1_port=ports[1], n2_port=ports[2])
+        text = CONFIGURATION.format(directory=directory, controller_port=ports[0], n1_port=ports[1], n2_port=ports[2],
+                                    first_job=1 + secrets.randbelow(10**7))
         (directory / "slurm.conf").write_text(text)
         for node in NODES:
             own = directory / node
