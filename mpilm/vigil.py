@@ -1,7 +1,7 @@
 """What is made of heartbeats: who is missing, who is slow, whether the job hangs. Arithmetic, no MPI.
 
     vigil.hear(3, Beat(step=41, passes=328, doing="computing", for_s=0.2, part=0, compute_s=0.21))
-    vigil.hangs(), vigil.missing(), vigil.stragglers(), vigil.report({3: "stack of rank 3"})
+    vigil.hangs(), vigil.missing(), vigil.stragglers(), vigil.report({3: "stack of rank 3"}, missing=[1])
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ class Vigil:
         patience = max((beat.patience for beat in self.beats if beat), default=1)
         return bool(self.missing()) or self.clock() - self.moved > patience * self.timeout_s
 
-    def report(self, stacks: Mapping[int, str], missing: Sequence[int] | None = None) -> str:
-        """Who is missing, by what is known here or as given; where everyone is, and their stacks."""
-        missing, waited = self.missing() if missing is None else missing, self.clock() - self.moved
+    def report(self, stacks: Mapping[int, str], missing: Sequence[int]) -> str:
+        """Who is missing, where everyone is, and the stacks of those who told them."""
+        waited = self.clock() - self.moved
         who = (f"rank {', '.join(map(str, missing))} does not answer (stopped, or its node is gone)" if missing
                else "every rank answers")
         lines = [f"error: the job hangs: no progress for {waited:.1f} s; {who}."]

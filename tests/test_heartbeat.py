@@ -158,7 +158,7 @@ def test_silence(vigil):
     clock.now = 8.5
     assert watch.missing() == [2]
     assert watch.hangs()
-    assert "rank 2 does not answer" in watch.report({0: "stack"})
+    assert "rank 2 does not answer" in watch.report({0: "stack"}, watch.missing())
 
 
 def test_only_the_silence_of_those_it_watches_counts():
@@ -188,8 +188,8 @@ def test_all_beat_and_nobody_gets_further(vigil):
             watch.hear(rank, beat(3, doing="summing"))
     assert watch.missing() == []
     assert watch.hangs()
-    assert "every rank answers" in watch.report({})
-    assert "rank 3: step 3, summing" in watch.report({})
+    assert "every rank answers" in watch.report({}, watch.missing())
+    assert "rank 3: step 3, summing" in watch.report({}, watch.missing())
 
 
 def test_what_happens_once_may_take_longer(vigil):

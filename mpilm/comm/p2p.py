@@ -28,7 +28,7 @@ SPIN_S = 500e-6  # longer than any message of comm/ takes once both sides are th
 NAP_S = 20e-6
 LONGEST_NAP_S = 500e-6
 LONG_BYTES = 2**17  # a message that MPI may move part by part
-LOOKS = 3  # before there is no message
+LOOKS = 3  # that find nothing, before there is nothing
 
 # Tags of comm/: one place, so that no two kinds of message can be taken for each other.
 TAG_RING = 101

@@ -12,7 +12,7 @@ from mpilm.log import UserError
 from tests.helpers import UNCOMPILED, run_nested
 
 pytestmark = pytest.mark.serial
-WHO = ["whole"]     # of one rank; what other layouts need is in test_footprint.py
+WHO = ["dp2-level3-ring"]
 
 
 def test_a_name_says_what_is_split():

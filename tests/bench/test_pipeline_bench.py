@@ -12,13 +12,13 @@ from mpilm.log import UserError
 from tests.helpers import UNCOMPILED, run_nested
 
 pytestmark = pytest.mark.serial
-WHO = ["mpilm-zb-eager"]     # peers: test_peers.py
+WHO = ["mpilm-zb-eager", "torch-1f1b-ours-eager"]
 ASLEEP = [f"mpilm-{name}" for name in _pipelines.ASLEEP]
 
 
 @pytest.mark.slow
-def test_bubbles_are_told():
-    """Of each stage; and of three stages that sleep."""
+def test_contenders_take_turns_and_bubbles_are_told():
+    """Ours and torch's; of each stage of ours; and of three stages that sleep."""
     result = run_nested(2, ["-m", "mpilm.bench", "pipeline", "--json", "--case", "tiny", "--who", ",".join(WHO),
                             "--emulated", "3", "--rounds", "1", "--steps", "1"], timeout=280, env=UNCOMPILED)
     assert result.rc == 0, result.stderr

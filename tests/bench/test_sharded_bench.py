@@ -10,7 +10,7 @@ from mpilm.bench._shardings import mpilm
 from mpilm.log import UserError
 from tests.helpers import UNCOMPILED, run_nested
 
-WHO = ["mpilm-sharded3-ring"]     # peers: test_peers.py
+WHO = ["mpilm-sharded3-ring"]     # its peers train in test_peers.py
 
 
 def test_names_are_those_people_ask_for():

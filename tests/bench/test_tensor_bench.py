@@ -13,7 +13,7 @@ from mpilm.log import UserError
 from tests.helpers import UNCOMPILED, run_nested
 
 pytestmark = pytest.mark.serial
-WHO = ["mpilm-tp"]     # peers: test_peers.py
+WHO = ["mpilm-tp"]     # its peers train in test_peers.py
 
 
 def test_names_are_those_people_ask_for():
