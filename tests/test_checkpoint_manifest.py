@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpilm.checkpoint import DamagedError, Piece, manifest, tensorfile
+from mpilm.checkpoint import DamagedError, Piece, checksum, manifest, tensorfile, verified
 from mpilm.checkpoint.pieces import deal
 from mpilm.log import UserError
+from tests import checkpoint_cases as cases
+from tests.chaos.damage import flip
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 300) | st.integers() | st.floats() | st.text(max_size=5)
@@ -25,7 +27,7 @@ JSON = st.recursive(
 def good():
     pieces = [Piece("model.a", (4, 3), 0, np.zeros(5, np.float32)), Piece("model.a", (4, 3), 5, np.ones(7, np.float32)),
               Piece("model.b", (2,), 0, np.zeros(2, np.int64))]
-    files = [(f"rank-00000-part-{n:02d}.safetensors", file, 1000, "0" * 64) for n, file in enumerate(deal(pieces, 30))]
+    files = [(f"rank-00000-part-{n:02d}.safetensors", file, 1000, "0" * 32) for n, file in enumerate(deal(pieces, 30))]
     return json.loads(manifest.dumps(7, [manifest.record(files, pieces)], {"a": [1, None, 2.5]}))
 
 
@@ -93,7 +95,7 @@ def test_traps_for_parsers(text):
 @pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "a/b.safetensors", ".a.safetensors", "a.pkl"])
 def test_no_file_name_leaves_the_directory(name):
     body = good()
-    body["files"] = {name: {"bytes": 1000, "sha256": "0" * 64}}
+    body["files"] = {name: {"bytes": 1000, checksum.WRITTEN: "0" * 32}}
     for tensor in body["tensors"].values():
         for run in tensor["runs"]:
             run["file"] = name
@@ -102,11 +104,26 @@ def test_no_file_name_leaves_the_directory(name):
 
 
 def test_another_version_is_named():
-    with pytest.raises(UserError, match="version 2 of the format, this program reads version 1") as told:
-        manifest.loads(sealed({**good(), "version": 2}))
+    with pytest.raises(UserError, match="version 3 of the format, this program reads versions 1 and 2") as told:
+        manifest.loads(sealed({**good(), "version": 3}))
     assert not isinstance(told.value, DamagedError), "going on from an older checkpoint would lose work"
-    with pytest.raises(DamagedError, match="its version is '3', not 1"):
-        manifest.loads(json.dumps({**good(), "version": 3}).encode())
+    with pytest.raises(DamagedError, match="its version is '4', not one of versions 1 and 2"):
+        manifest.loads(json.dumps({**good(), "version": 4}).encode())
+
+
+@pytest.mark.serial
+def test_what_version_1_wrote_is_read_and_compared(comm, tmp_path):
+    cases.write(tmp_path, comm, [1])
+    path = tmp_path / "step-00000001"
+    body = {**json.loads((path / manifest.FILE).read_text()), "version": 1}
+    for name, entry in body["files"].items():
+        del entry[checksum.WRITTEN]
+        entry["sha256"] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / manifest.FILE).write_bytes(sealed(body))
+    cases.assert_holds(verified(path, comm), cases.tensors(1))
+    flip(next(path.glob("*.safetensors")), 8000)
+    with pytest.raises(DamagedError, match="was changed after it was written"):
+        verified(path, comm)
 
 
 def test_another_program_is_named():

@@ -144,8 +144,8 @@ def write_share(place: Place, files: Sequence[Sequence[Piece]], views: Sequence[
         for number, (pieces, view) in enumerate(zip(files, views, strict=True)):
             name = f"rank-{place.rank:05d}-part-{number:02d}.safetensors"
             lead = tensorfile.header(pieces, place.step)
-            digest = tensorfile.write(place.partial / name, [lead, view])
-            written.append((name, pieces, len(lead) + len(view), digest))
+            found = tensorfile.write(place.partial / name, [lead, view])
+            written.append((name, pieces, len(lead) + len(view), found))
     except OSError as error:
         raise place.failed(error) from error
     return manifest.record(written, announced)

@@ -1,12 +1,13 @@
 """The manifest: which tensors a checkpoint has, where their runs lie, and the checksum of everything.
 
-    {"format": "mpilm checkpoint", "version": 1, "step": 100, "ranks": 2, "write_s": 8.1, "meta": {...},
+    {"format": "mpilm checkpoint", "version": 2, "step": 100, "ranks": 2, "write_s": 8.1, "meta": {...},
      "tensors": {"model.norm.weight": {"shape": [256], "dtype": "F32", "runs": [
          {"file": "rank-00000-part-00.safetensors", "key": "model.norm.weight", "start": 0, "count": 256}]}},
-     "files": {"rank-00000-part-00.safetensors": {"bytes": 1224, "sha256": "..."}},
+     "files": {"rank-00000-part-00.safetensors": {"bytes": 1224, "xxh3_128": "..."}},
      "sha256": "of all the rest, as JSON with sorted keys and no spaces"}
 
-A run of some columns only, as ranks that share layers hold them, also says which: "columns": [512, 1024].
+A run of some columns only, as ranks that share layers hold them, also says which: "columns": [512, 1024]. Files of
+version 1 have "sha256".
 
 `loads` believes nothing: after it, file names are plain names, every tensor is covered exactly once by its runs, and
 the runs of a file fit into it. So no size that is used later can be larger than the checkpoint's files.
@@ -24,12 +25,15 @@ from typing import Any
 
 import numpy as np
 
+from mpilm.checkpoint import checksum
 from mpilm.checkpoint.pieces import CODES, DTYPES, MAX_DIMENSIONS, NAME, Columns, Piece, elements, fit
 from mpilm.log import UserError
 
 FILE = "manifest.json"
 FORMAT = "mpilm checkpoint"
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
+KNOWN = "versions " + " and ".join(map(str, READABLE))
 MAX_BYTES = 1 << 28
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\.safetensors")
 
@@ -66,10 +70,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class File:
-    """What a file must be."""
+    """What a file must be; `checksum` is of this kind (checksum.py)."""
 
     bytes: int
-    sha256: str
+    kind: str
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,15 @@ class Manifest:
 
 
 def record(files: Iterable[tuple[str, Sequence[Piece], int, str]], announced: Iterable[Piece]) -> dict[str, Any]:
-    """What one rank wrote, as plain values: (file, its pieces, bytes, SHA-256); `announced` may hold empty pieces."""
+    """What one rank wrote, as plain values: (file, its pieces, bytes, checksum); `announced` may hold empty pieces."""
     tensors: dict[str, Any] = {}
     for piece in announced:
         entry = {"shape": list(piece.shape), "dtype": CODES[piece.array.dtype], "runs": []}
         known = tensors.setdefault(piece.name, entry)
         _require_same(piece.name, known, entry)
     written: dict[str, Any] = {}
-    for file, pieces, size, digest in files:
-        written[file] = {"bytes": size, "sha256": digest}
+    for file, pieces, size, found in files:
+        written[file] = {"bytes": size, checksum.WRITTEN: found}
         for piece in pieces:
             columns = {} if piece.columns is None else {"columns": list(piece.columns)}
             tensors[piece.name]["runs"].append(
@@ -188,10 +193,10 @@ def loads(text: bytes) -> Manifest:
     if body.get("format") != FORMAT:
         raise DamagedError(f"is not a manifest of this program (its format is {str(body.get('format'))[:80]!r})")
     if not intact:
-        also = "" if version == VERSION else f" and its version is {str(version)[:20]!r}, not {VERSION}"
+        also = "" if version in READABLE else f" and its version is {str(version)[:20]!r}, not one of {KNOWN}"
         raise DamagedError(f"was changed after it was written: its checksum does not match{also}")
-    if version != VERSION:
-        raise UserError(f"was written in version {version!r} of the format, this program reads version {VERSION}. "
+    if version not in READABLE:
+        raise UserError(f"was written in version {version!r} of the format, this program reads {KNOWN}. "
                         "Use the version of mpilm that wrote it, or a newer one.")
     try:
         return _checked(body)
@@ -200,7 +205,7 @@ def loads(text: bytes) -> Manifest:
 
 
 def _checked(body: dict[str, Any]) -> Manifest:
-    files = {name: File(_whole(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
+    files = {name: _file(entry) for name, entry in body["files"].items()}
     for name in files:
         _require(FILE_NAME.fullmatch(name), f"{name[:80]!r} is not the name of a file of a checkpoint")
     tensors = {name: _tensor(name, entry) for name, entry in body["tensors"].items()}
@@ -214,6 +219,11 @@ def _checked(body: dict[str, Any]) -> Manifest:
     _require(isinstance(body["meta"], dict), "meta is not an object")
     return Manifest(_whole(body["step"]), _whole(body["ranks"]), tensors, files, body["meta"],
                     _seconds(body.get("write_s", 0.0)))     # versions before this one did not write it
+
+
+def _file(entry: dict[str, Any]) -> File:
+    kind = next((kind for kind in checksum.KINDS if kind in entry), checksum.WRITTEN)
+    return File(_whole(entry["bytes"]), kind, str(entry[kind]))
 
 
 def _tensor(name: str, entry: dict[str, Any]) -> Tensor:

@@ -96,10 +96,10 @@ class Reader:
         for name in self.manifest.files if files is None else files:
             wanted = self.manifest.files[name]
             try:
-                found = tensorfile.sha256(self.path / name, wanted.bytes)
+                found = tensorfile.checksum_of(self.path / name, wanted.bytes, wanted.kind)
             except (OSError, ValueError) as error:
                 raise _damaged(self.path / name, error) from None
-            if found != wanted.sha256:
+            if found != wanted.checksum:
                 raise DamagedError(f"{self.path / name} was changed after it was written: its checksum does not match.")
 
     def _read_run(self, run: Run, tensor: Tensor, low: int, target: np.ndarray) -> None:

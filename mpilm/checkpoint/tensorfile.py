@@ -7,11 +7,12 @@ https://huggingface.co/docs/safetensors
 
 from __future__ import annotations
 
-import hashlib
+import ctypes
 import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,12 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from mpilm.checkpoint import checksum
 from mpilm.checkpoint.pieces import CODES, DTYPES, MAX_DIMENSIONS, Piece
 from mpilm.progress import Work
 
 HEADER_BYTES = 100_000_000      # the limit of the safetensors library
 CHUNK = 1 << 20                 # stays in the cache between the checksum and the write
 ALIGNMENT = 64
+HANDED_ON = 8 << 20            # so many bytes at a time go on to the disk
+SYNC_FILE_RANGE_WRITE = 2       # linux/fs.h
 
 
 @dataclass(frozen=True)
@@ -51,27 +55,32 @@ def header(pieces: Iterable[Piece], step: int) -> bytes:
 
 
 def write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    """Write a new file through to the disk; its SHA-256.
+    """Write a new file through to the disk; its checksum, as `checksum.WRITTEN`.
 
     Raises:
         OSError: Whatever the file system says, a full disk for instance.
     """
-    digest = hashlib.sha256()
+    checked = checksum.KINDS[checksum.WRITTEN]()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    end = handed_on = 0
     try:
         for chunk in _chunks(parts):
-            digest.update(chunk)
+            checked.update(chunk)
             while chunk:
                 written = os.write(file, chunk)
                 Work.done += written
+                end += written
                 chunk = chunk[written:]
+            if end - handed_on >= HANDED_ON:
+                _hand_on(file, handed_on, end)
+                handed_on = end
         os.fsync(file)
     except OSError as error:
         error.filename = str(path)
         raise
     finally:
         os.close(file)
-    return digest.hexdigest()
+    return checked.hexdigest()
 
 
 def _chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
@@ -79,6 +88,14 @@ def _chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
         view = memoryview(part)
         for begin in range(0, len(view), CHUNK):
             yield view[begin:begin + CHUNK]
+
+
+def _hand_on(file: int, begin: int, end: int) -> None:
+    """Have these bytes go to the disk while the next ones are copied: without it the kernel keeps them all until fsync.
+    It is advice: whatever goes wrong with them fsync tells."""
+    with suppress(AttributeError):      # Linux has it
+        ctypes.CDLL(None).sync_file_range(file, ctypes.c_int64(begin), ctypes.c_int64(end - begin),
+                                          SYNC_FILE_RANGE_WRITE)
 
 
 def open_regular(path: Path) -> int:
@@ -95,8 +112,11 @@ def open_regular(path: Path) -> int:
     return file
 
 
-def sha256(path: Path, size: int) -> str:
-    """The SHA-256 of a file, in bounded memory.
+def checksum_of(path: Path, size: int, kind: str) -> str:
+    """The checksum of a file, in bounded memory.
+
+    Args:
+        kind: One of `checksum.KINDS`.
 
     Raises:
         OSError: It can't be read.
@@ -105,11 +125,11 @@ def sha256(path: Path, size: int) -> str:
     file = open_regular(path)
     try:
         _require_size(file, size)
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+        found, buffer = checksum.KINDS[kind](), memoryview(bytearray(CHUNK))
         while count := os.readv(file, [buffer]):
-            digest.update(buffer[:count])
+            found.update(buffer[:count])
             Work.done += count
-        return digest.hexdigest()
+        return found.hexdigest()
     finally:
         os.close(file)
 
