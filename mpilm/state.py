@@ -17,7 +17,7 @@ import numpy as np
 from mpilm.checkpoint import Piece, Reader
 from mpilm.log import say
 from mpilm.model import init
-from mpilm.model.slices import Slices
+from mpilm.model.slices import Part, Slices
 
 MODEL = "model"
 Read = Callable[[str, str, int, int], np.ndarray]
@@ -62,16 +62,20 @@ def pieces(slices: Slices, runs: Iterable[tuple[str, str, int, np.ndarray]]) -> 
 def from_checkpoint(slices: Slices, reader: Reader) -> Read:
     """Reads runs of parameters and optimizer state from a checkpoint.
 
-    A state that it has nothing of, because what wrote it had no use for it, is zero as at the beginning of a run.
+    A state that it has nothing of, because what wrote it had no use for it, or none for this parameter, is zero as at
+    the beginning of a run.
     """
-    there = {tensor.partition(".")[0] for tensor in reader.tensors}
-
     def read(state: str, parameter: str, first: int, count: int) -> np.ndarray:
-        if state not in there:
-            return np.zeros(count, np.float32)
-        return np.concatenate([reader.read(f"{state}.{part.tensor}", part.start, part.count, part.columns)
+        return np.concatenate([_part(reader, f"{state}.{part.tensor}", part, missing=state != MODEL)
                                for _, part in slices.runs(parameter, first, count)])
     return read
+
+
+def _part(reader: Reader, tensor: str, part: Part, *, missing: bool) -> np.ndarray:
+    """A part of a tensor, which may be missing."""
+    if missing and tensor not in reader.tensors:
+        return np.zeros(part.count, np.float32)
+    return reader.read(tensor, part.start, part.count, part.columns)
 
 
 def initial(slices: Slices, seed: int) -> Read:

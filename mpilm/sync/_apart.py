@@ -86,10 +86,13 @@ class Apart(Bucket):
     def merge(self) -> None:
         """The difference is summed: an outer step, and back to the anchor but for what I moved since `take`."""
         assert self.taken is not None, "no difference was taken"
-        self.outer.step(self.anchor, self.away, self.velocity)
-        self.masters.sub_(self.taken).add_(self.anchor)
+        self._merge(self.taken, self.own)
         self.taken = None
         self.round()
+
+    def _merge(self, taken: Tensor, part: slice) -> None:
+        self.outer.step(self.anchor[part], self.away[part], self.velocity[part])
+        self.masters[part].sub_(taken[part]).add_(self.anchor[part])
 
     def agree(self) -> None:
         """All replicas have the same masters: they are the anchor."""
@@ -118,9 +121,17 @@ class Apart(Bucket):
             self.fill(array, self._mine(name), read)
         taken = torch.zeros_like(self.masters)
         self.fill(bridge.array(taken), self._mine(TAKEN), read)
-        if taken.any():
+        spans = [slice(start, stop) for _, start, stop in self.layout.members_in(self.own)]
+        travelling = [span for span in spans if taken[span].any()]
+        if not travelling:
+            return
+        self.fill(self.difference, self._everyones(SUM), read)
+        if travelling == spans:
             self.taken = taken
-            self.fill(self.difference, self._everyones(SUM), read)
+            return
+        for span in travelling:     # parameters travelled in other company then: whoever has arrived does not wait
+            self._merge(taken, span)
+        self.round()
 
     def _mine(self, name: str) -> str:
         """A state's name in a checkpoint, where it is this replica's own."""

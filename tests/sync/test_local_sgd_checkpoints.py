@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from mpilm import assemble
+from mpilm.checkpoint import newest
 from mpilm.launch import session
 from mpilm.optim import Sgd
 from tests.helpers import everywhere, same_everywhere
+from tests.parallel.test_context_checkpoints import save
 from tests.sync.test_local_sgd import config_of, weights
 from tests.sync.test_resharding import saved, step
-from tests.training_cases import batch_of, build
+from tests.training_cases import VOCAB, batch_of, build
 
 
 @pytest.mark.turns(at=(3, 4))
@@ -108,6 +110,30 @@ def test_stopped_anywhere_as_many_replicas_go_on_at_the_same_bits(options, comm)
         alone = build(config_of(comm, **options), world.alone())
         alone.sync.load(reading(states[4]))
         everywhere(comm, comm.size == 1 or np.array_equal(weights(alone), weights_of(states[4], alone)))
+        world.comm.Barrier()
+
+
+@pytest.mark.slow
+def test_files_bring_back_what_was_on_its_way(comm, tmp_path_all):
+    """As many fragments go on at the same bits; other fragments, of which some parameters travelled and some did not, go
+    on near them."""
+    config = config_of(comm, every=4, fragments=3, outer_lr=0.7, outer_momentum=0.9)
+    shape = assemble.shape_of(config, VOCAB)
+    with session() as world:
+        whole = build(config, world)
+        for number in range(2):
+            step(whole, number)
+        everywhere(comm, 0 < len(whole.sync.travelling) < len(whole.sync.buckets))
+        save(whole, shape, tmp_path_all, 2)
+        expected = [step(whole, number) for number in range(2, 6)]
+        for fragments in (3, 2, 0):
+            config.sync.fragments = fragments
+            again = build(config, world)
+            assemble.restore(again, shape, config, newest(tmp_path_all, again.mesh.comm))
+            found = [step(again, number) for number in range(2, 6)]
+            near = np.allclose([loss for loss, _ in found], [loss for loss, _ in expected], rtol=0.03)
+            everywhere(comm, found == expected if fragments == 3 else near,
+                       f"{fragments} fragments: {found} instead of {expected}")
         world.comm.Barrier()
 
 
