@@ -13,7 +13,10 @@ from mpilm.data._format import read_index
 from mpilm.data.shards import check_tokenizer
 from mpilm.launch import on_root
 from mpilm.log import UserError, say
+from mpilm.model import precision
+from mpilm.model.shape import Shape
 from mpilm.origin import CHECKPOINTS
+from mpilm.state import TrainState
 
 MANIFEST = "manifest.json"
 # What fixes the meaning of a step: with another value the run would see some data twice and some never.
@@ -50,7 +53,29 @@ def find(config: Config, comm: Any, *, again: bool = False) -> Reader | None:
 
 def _finished(reader: Reader) -> bool:
     """Whether it is the last checkpoint of what was wanted when it was written."""
-    return reader.step >= reader.meta.get("config", {}).get("run", {}).get("steps", reader.step + 1)
+    return bool(reader.step >= reader.meta.get("config", {}).get("run", {}).get("steps", reader.step + 1))
+
+
+def _require_a_run_s(reader: Reader) -> None:
+    """What comes after reads what a run writes.
+
+    Raises:
+        UserError: It is something else, if undamaged.
+    """
+    meta, tensors = reader.meta, reader.tensors
+    try:
+        shape, _ = Shape(**meta["shape"]), TrainState(**meta["state"])
+        expected = shape.tensors() if shape.layers <= len(tensors) else {"any model so deep": ()}
+        wrong = [name for name, whole in expected.items()
+                 if f"model.{name}" not in tensors or tensors[f"model.{name}"].shape != whole]
+        problem = f"{', '.join(wrong[:4])} of its model is not there, or of another shape" if wrong else ""
+        _config(meta["config"]), meta["config"]["data"]["path"], _position(meta["config"])
+        meta["data"]["fingerprint"], precision.DTYPES[precision.carrier(meta["arithmetic"]["precision"])]
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        problem = f"its manifest does not say what a run's does ({type(error).__name__}: {error})"
+    if problem:
+        raise UserError(f"{reader.path}: {problem}. Another program wrote it, or another version of this one. Give "
+                        "another --run.dir, or another checkpoint.")
 
 
 def _begun_from(path: Path, config: Config, comm: Any) -> Reader:
@@ -83,8 +108,9 @@ def check(reader: Reader, *, shape: dict[str, Any], data: dict[str, Any], config
     """Refuse a checkpoint of another model, other data or another order of data.
 
     Raises:
-        UserError: Names every difference.
+        UserError: Names every difference; or it is not of a run at all.
     """
+    _require_a_run_s(reader)
     meta = reader.meta
     found = {"model": meta["shape"], "data": {key: meta["data"][key] for key in data},
              "options": _position(meta["config"])}
@@ -121,8 +147,16 @@ def _require_run(path: Path) -> None:
 
 
 def config_of(reader: Reader) -> Config:
-    """The configuration that a checkpoint was written under, as far as this version has the same options."""
-    written = reader.meta["config"]
+    """The configuration that a checkpoint was written under, as far as this version has the same options.
+
+    Raises:
+        UserError: It is not of a run.
+    """
+    _require_a_run_s(reader)
+    return _config(reader.meta["config"])
+
+
+def _config(written: dict[str, Any]) -> Config:
     return Config(**{name: replace(section, **{key: value for key, value in written.get(name, {}).items()
                                                if hasattr(section, key)})
                      for name, section in vars(Config()).items()})

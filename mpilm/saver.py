@@ -55,7 +55,7 @@ class Saver:
         """Save if it is time to; otherwise see how an earlier save is getting on."""
         self.poll()
         if (last or self.interval.due(state.step)) and state.step != self.saved:
-            self.writer.save(state.step, self._mine(), describe(state, self.about))
+            self._note(self.writer.save(state.step, self._mine(), describe(state, self.about)))
             self.saved = state.step
             self.interval.saved(state.step)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 
 import pytest
 
-from mpilm.checkpoint import Alone, DamagedError, newest, verified
+from mpilm.checkpoint import Alone, DamagedError, Reader, newest, verified
 from mpilm.checkpoint.newest import share
 from mpilm.log import UserError
 from tests.chaos.damage import DAMAGE, flip
@@ -100,6 +101,46 @@ def test_damage_after_the_verification_is_named_too(comm, tmp_path_all):
     for name, array in tensors(1).items():
         with pytest.raises(DamagedError, match=r"has 20 bytes instead of"):
             reader.read(name, 0, array.size)
+
+
+def test_what_a_rank_cannot_read_now_is_no_damage(comm, tmp_path_all):
+    """It may open no more files; an older checkpoint would be no remedy."""
+    directory = tmp_path_all / "c"
+    write(directory, comm, [1, 2])
+    comm.Barrier()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if comm.rank == comm.size - 1:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(UserError, match=r"(?s)can't be read on .*Too many open files") as told:
+            verified(directory / "step-00000002", comm) if comm.size > 1 else Reader(directory / "step-00000002")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not isinstance(told.value, DamagedError)
+    assert newest(directory, comm).step == 2
+
+
+class Meanwhile(Alone):
+    """A program that is told of a checkpoint, which a run that goes on then removes, after it has saved another."""
+
+    def __init__(self, directory):
+        self.directory, self.told = directory, 0
+
+    def bcast(self, value):
+        self.told += 1
+        if self.told == 1:
+            shutil.move(self.directory / "elsewhere", self.directory / "step-00000003")
+            shutil.rmtree(self.directory / "step-00000002")
+        return value
+
+
+@pytest.mark.serial
+def test_a_checkpoint_that_is_removed_meanwhile_is_no_damage(comm, tmp_path):
+    write(tmp_path, comm, [2, 3])
+    shutil.move(tmp_path / "step-00000003", tmp_path / "elsewhere")
+    told = []
+    assert newest(tmp_path, Meanwhile(tmp_path), tell=told.append).step == 3
+    assert not told
 
 
 def test_a_tensor_that_is_not_there_is_named(comm, tmp_path_all):

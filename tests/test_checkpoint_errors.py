@@ -91,6 +91,24 @@ def test_a_disk_that_fills_up_while_it_is_written(comm, tmp_path_all):
         assert_holds(newest(disk / "c", comm), tensors(1))
 
 
+@pytest.mark.serial
+def test_what_cannot_be_removed_is_in_nobodys_way(comm, tmp_path, capfd):
+    """Neither at the start of a run, nor when that step is saved, nor when older ones go."""
+    busy = {number: tmp_path / f".step-0000000{number}.partial" for number in (1, 2)}
+    for path in busy.values():
+        path.mkdir()
+    with small_disk(comm, busy[1] / "disk", "size=1m"), small_disk(comm, busy[2] / "disk", "size=1m"):
+        busy[1].rename(tmp_path / "step-00000001")
+        write(tmp_path, comm, [2, 3], keep_last=1)
+        assert_holds(newest(tmp_path, comm), tensors(3))
+        told = capfd.readouterr().err
+        assert "busy" in told and ".step-00000002.removed" in told, told
+        assert ".step-00000001.removed" in told, "what could not be removed when a newer one was complete"
+        assert_only(comm, tmp_path, "step-00000003", ".step-00000001.removed", ".step-00000002.removed")
+        for number, path in busy.items():
+            (tmp_path / f".step-0000000{number}.removed").rename(path)
+
+
 def test_a_limit_on_one_rank_is_told_by_all(comm, tmp_path_all):
     directory, last = tmp_path_all / "c", comm.size - 1
     write(directory, comm, [1])

@@ -1,7 +1,7 @@
 """Checksums of files: against disks and programs that change bytes, not against people who do.
 
-XXH3 hashes ten times as many bytes a second as SHA-256 and still tells any two files apart (128 bits), so it costs
-neither the steps beside which a checkpoint is written nor the start of a run that reads one.
+XXH3 hashes ten times as many bytes a second as SHA-256, so it costs neither the steps beside which a checkpoint is
+written nor the start of a run that reads one; of 2**128 changes it misses one.
 https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
 """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Place:
 
     def _earlier(self) -> str:
         try:
-            earlier = any(step < self.step for step in retention.complete(self.directory))
+            earlier = any(step <= self.step for step in retention.complete(self.directory))
         except OSError:     # what is there can't be seen now
             return "When the cause is removed, the same command goes on from the newest checkpoint."
         if earlier:
@@ -67,7 +67,8 @@ class Place:
 
     def remove(self) -> None:
         """Leave nothing of it behind, as far as the file system lets us."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        with suppress(OSError):
+            retention.remove(self.partial)
 
 
 def free_bytes(directory: Path) -> int:
@@ -90,7 +91,8 @@ def begin(place: Place) -> None:
         OSError: Also if there is not (ENOSPC), before anything has been written.
     """
     place.remove()
-    if free_bytes(place.directory) < place.needed:
+    told = os.statvfs(place.directory).f_blocks > 0     # some file systems do not tell
+    if told and free_bytes(place.directory) < place.needed:
         raise OSError(errno.ENOSPC, "No space left on device", str(place.directory))
     os.mkdir(place.partial)
 
@@ -159,10 +161,14 @@ def commit(place: Place, records: Sequence[dict[str, Any]], meta: dict[str, Any]
         What to warn about.
 
     Raises:
-        UserError: The file system refuses, or a file is not there any more.
+        UserError: The file system refuses, or a file is not there any more, or there are too many pieces.
         ValueError: The pieces of all ranks don't cover every tensor exactly once.
     """
     text = manifest.dumps(place.step, records, meta, write_s=write_s)
+    if len(text) > manifest.MAX_BYTES:
+        raise UserError(f"The checkpoint of step {place.step} has so many pieces that its manifest would be too large "
+                        f"to be read: {_readable(len(text))}, at most {_readable(manifest.MAX_BYTES)}. Raise "
+                        "--sync.bucket_mib, or give --sync.save_replicas false. Earlier checkpoints are intact.")
     try:
         for part in records:
             for name, file in part["files"].items():

@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -33,8 +34,8 @@ FILE = "manifest.json"
 FORMAT = "mpilm checkpoint"
 VERSION = 2
 READABLE = (1, VERSION)
-KNOWN = "versions " + " and ".join(map(str, READABLE))
-MAX_BYTES = 1 << 28
+KNOWN = "version " + " or ".join(map(str, READABLE))
+MAX_BYTES = 1 << 30    # of what is read; millions of runs
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\.safetensors")
 
 
@@ -133,7 +134,8 @@ def dumps(step: int, records: Sequence[dict[str, Any]], meta: dict[str, Any], *,
     body = {"format": FORMAT, "version": VERSION, "step": step, "ranks": len(records), "write_s": write_s,
             "meta": meta,
             "files": files, "tensors": tensors}
-    return json.dumps({**body, "sha256": _digest(body)}, indent=1).encode()
+    text = _canonical(body)
+    return b'%b,"sha256":"%b"}' % (text[:-1], hashlib.sha256(text).hexdigest().encode())
 
 
 def _runs(entry: dict[str, Any]) -> list[Run]:
@@ -148,15 +150,15 @@ def _columns(given: Any, shape: Sequence[int]) -> Columns:
 
 
 def _require_cover(name: str, shape: Sequence[int], runs: Sequence[Run]) -> None:
-    """Every element once: columns side by side, and each of them from the first row to the last."""
+    """Every element once: columns side by side, and each of them from the first row to the last, in this order."""
     right = 0
-    for columns in dict.fromkeys(run.columns for run in runs) or [None]:
+    for columns, those in groupby(runs, key=lambda run: run.columns) if runs else [(None, iter(()))]:
         low, high = columns or (0, shape[-1] if shape else 1)
         if low != right:
             raise ValueError(f"{name}: columns {min(low, right)} to {max(low, right)} are there "
                              f"{'twice' if low < right else 'not at all'}")
         right = high
-        _require_rows(name, elements(shape, columns), [run for run in runs if run.columns == columns])
+        _require_rows(name, elements(shape, columns), those)
     if shape and right != shape[-1]:
         raise ValueError(f"{name}: {right} columns instead of {shape[-1]}")
 
@@ -172,8 +174,9 @@ def _require_rows(name: str, size: int, runs: Iterable[Run]) -> None:
         raise ValueError(f"{name}: {end} elements instead of {size}")
 
 
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _canonical(body: dict[str, Any]) -> bytes:
+    """What the checksum is of."""
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
 
 
 def loads(text: bytes) -> Manifest:
@@ -186,17 +189,17 @@ def loads(text: bytes) -> Manifest:
     try:
         body = json.loads(text)
         claimed = body.pop("sha256")
-        intact = claimed == _digest(body)
+        intact = claimed == hashlib.sha256(_canonical(body)).hexdigest()
         version = body.get("version")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise DamagedError(f"is not a manifest ({type(error).__name__}: {error})") from None
     if body.get("format") != FORMAT:
         raise DamagedError(f"is not a manifest of this program (its format is {str(body.get('format'))[:80]!r})")
     if not intact:
-        also = "" if version in READABLE else f" and its version is {str(version)[:20]!r}, not one of {KNOWN}"
+        also = "" if _readable(version) else f" and its version is {str(version)[:20]!r}, not {KNOWN}"
         raise DamagedError(f"was changed after it was written: its checksum does not match{also}")
-    if version not in READABLE:
-        raise UserError(f"was written in version {version!r} of the format, this program reads {KNOWN}. "
+    if not _readable(version):
+        raise UserError(f"was written in version {str(version)[:20]} of the format, this program reads {KNOWN}. "
                         "Use the version of mpilm that wrote it, or a newer one.")
     try:
         return _checked(body)
@@ -219,6 +222,10 @@ def _checked(body: dict[str, Any]) -> Manifest:
     _require(isinstance(body["meta"], dict), "meta is not an object")
     return Manifest(_whole(body["step"]), _whole(body["ranks"]), tensors, files, body["meta"],
                     _seconds(body.get("write_s", 0.0)))     # versions before this one did not write it
+
+
+def _readable(version: object) -> bool:
+    return type(version) is int and version in READABLE
 
 
 def _file(entry: dict[str, Any]) -> File:

@@ -44,20 +44,24 @@ class Alone:
 def newest(directory: str | Path, comm: Group, *, tell: Callable[[str], None] = warn) -> Reader | None:
     """The newest complete and undamaged checkpoint; None if there is none at all. Collective over `comm`.
 
-    A damaged one is named through `tell`, and the one before it is tried.
+    A damaged one is named through `tell`, and the one before it is tried; so it is where one is removed meanwhile.
 
     Raises:
-        UserError: There are some, but none is good; or the newest is of a version that this program can't read.
+        UserError: There are some, but none is good; or the newest is of a version that this program can't read, or some
+            rank can't read it now.
     """
     directory = Path(directory)
-    reasons = []
-    candidates, error = comm.bcast(_candidates(directory) if comm.rank == 0 else None)
-    if error:
-        raise error
-    for path in candidates:
+    reasons: list[str] = []
+    tried: set[Path] = set()
+    while (path := _next(directory, tried, comm)) is not None:
+        tried.add(path)
         try:
             return verified(path, comm)
-        except DamagedError as error:
+        except UserError as error:
+            if not comm.bcast(path.is_dir() if comm.rank == 0 else None):
+                continue    # a run that goes on has removed it meanwhile
+            if not isinstance(error, DamagedError):
+                raise
             reasons.append(str(error))
             tell(f"{error} This checkpoint is not used; the one before it is tried.")
     if reasons:
@@ -66,11 +70,20 @@ def newest(directory: str | Path, comm: Group, *, tell: Callable[[str], None] = 
     return None
 
 
-def _candidates(directory: Path) -> tuple[list[Path], UserError | None]:
+def _next(directory: Path, tried: set[Path], comm: Group) -> Path | None:
+    """The newest that has not been tried; None: there is no other. Collective over `comm`."""
+    found, error = comm.bcast(_candidates(directory, tried) if comm.rank == 0 else None)
+    if error:
+        raise error
+    path: Path | None = found
+    return path
+
+
+def _candidates(directory: Path, tried: set[Path]) -> tuple[Path | None, UserError | None]:
     try:
-        return list(retention.complete(directory).values()), None
+        return next((path for path in retention.complete(directory).values() if path not in tried), None), None
     except OSError as error:
-        return [], UserError(f"{directory}: {error.strerror}. A run's checkpoints are in a directory of this name.")
+        return None, UserError(f"{directory}: {error.strerror}. A run's checkpoints are in a directory of this name.")
 
 
 def verified(path: str | Path, comm: Group) -> Reader:
@@ -78,21 +91,21 @@ def verified(path: str | Path, comm: Group) -> Reader:
 
     Raises:
         DamagedError: On every rank the same, naming the first file that is wrong.
-        UserError: It is of a version that this program can't read.
+        UserError: It is of a version that this program can't read, or some rank can't read a file now.
     """
     reader, error = _opened(path) if comm.rank == 0 else (None, None)
     parsed, error = comm.bcast((reader and reader.manifest, error))
     if error:
         raise error
     reader = Reader(path, parsed)
-    damage = None
+    problem = None
     try:
         reader.verify(share({name: file.bytes for name, file in parsed.files.items()}, comm.rank, comm.size))
-    except DamagedError as found:
-        damage = found
-    for first in comm.allgather(damage):
-        if first is not None:
-            raise first
+    except UserError as found:
+        problem = found
+    problems = [found for found in comm.allgather(problem) if found is not None]
+    for first in sorted(problems, key=lambda found: isinstance(found, DamagedError)):
+        raise first
     return reader
 
 

@@ -10,7 +10,9 @@ with a name instead of a SIGBUS.
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +25,9 @@ from mpilm.checkpoint.manifest import DamagedError, Manifest, Run, Tensor
 from mpilm.checkpoint.pieces import Columns, elements
 from mpilm.checkpoint.rectangles import Rectangle, rectangles
 from mpilm.log import UserError
+
+# Errors of the file system that tell of what is on the disk.
+DAMAGE = {errno.EIO, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA}
 
 
 class Reader:
@@ -48,6 +53,7 @@ class Reader:
         self.write_s = self.manifest.write_s
         self.tensors: dict[str, Tensor] = self.manifest.tensors
         self._contents: dict[str, dict[str, tensorfile.Stored]] = {}
+        self._files = tensorfile.OpenFiles()
 
     def read(self, name: str, start: int, count: int, columns: Columns | None = None) -> np.ndarray:
         """Elements [start, start + count) of the flattened tensor: a new 1-D array of the tensor's dtype.
@@ -56,19 +62,19 @@ class Reader:
             columns: Of a matrix, the first and the last + 1 of those that are flattened; None: all.
 
         Raises:
-            DamagedError: A file can't be read or is not what the manifest says.
-            UserError: There is no such tensor.
+            DamagedError: A file is not what the manifest says.
+            UserError: There is no such tensor, or this host can't read a file.
         """
         if name not in self.tensors:
             raise UserError(f"{self.path}: there is no tensor {name}. It has {_some(self.tensors)}.")
         tensor = self.tensors[name]
         assert 0 <= start <= start + count <= elements(tensor.shape, columns), f"{name}[{start}:{start + count}]"
         values = np.empty(count, tensor.dtype)
-        if any(run.columns != columns for run in tensor.runs):
+        runs, stop = tensor.runs, start + count
+        if runs and (runs[0].columns, runs[-1].columns) != (columns, columns):     # they are sorted by columns
             self._put_together(tensor, values, rectangles(tensor.shape, columns, start, count))
             return values
-        runs, stop = tensor.runs, start + count
-        first = bisect_right([run.start for run in runs], start) - 1
+        first = bisect_right(runs, start, key=lambda run: run.start) - 1
         for run in runs[max(first, 0):]:
             low, high = max(start, run.start), min(stop, run.start + run.count)
             if low >= high:
@@ -92,28 +98,25 @@ class Reader:
 
         Raises:
             DamagedError: Names the first file that is wrong, and how.
+            UserError: This host can't read a file.
         """
         for name in self.manifest.files if files is None else files:
             wanted = self.manifest.files[name]
             try:
                 found = tensorfile.checksum_of(self.path / name, wanted.bytes, wanted.kind)
             except (OSError, ValueError) as error:
-                raise _damaged(self.path / name, error) from None
+                raise _unreadable(self.path / name, error) from None
             if found != wanted.checksum:
                 raise DamagedError(f"{self.path / name} was changed after it was written: its checksum does not match.")
 
     def _read_run(self, run: Run, tensor: Tensor, low: int, target: np.ndarray) -> None:
         path = self.path / run.file
         try:
-            file = tensorfile.open_regular(path)
-            try:
-                stored = self._stored(file, run, tensor)
-                offset = stored.offset + (low - run.start) * tensor.dtype.itemsize
-                tensorfile.read_into(file, target, offset)
-            finally:
-                os.close(file)
+            file = self._files.get(path)
+            stored = self._stored(file, run, tensor)
+            tensorfile.read_into(file, target, stored.offset + (low - run.start) * tensor.dtype.itemsize)
         except (OSError, ValueError) as error:
-            raise _damaged(path, error) from None
+            raise _unreadable(path, error) from None
 
     def _stored(self, file: int, run: Run, tensor: Tensor) -> tensorfile.Stored:
         if run.file not in self._contents:
@@ -137,19 +140,27 @@ def _manifest(path: Path) -> Manifest:
         finally:
             os.close(file)
     except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
+        raise _unreadable(path, error) from None
     try:
         return manifest.loads(text.tobytes())
     except UserError as error:
         raise type(error)(f"{path} {error}") from None
 
 
-def _damaged(path: Path, error: OSError | ValueError) -> DamagedError:
+def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
+    """What to raise: damage is on the disk; what keeps this host from reading may pass, and no older checkpoint would
+    be a remedy."""
+    if isinstance(error, ValueError):
+        return DamagedError(f"{path} {error}.")
     if isinstance(error, FileNotFoundError):
-        return DamagedError(f"{path} is missing.")
-    if isinstance(error, OSError):
+        if path.parent.is_dir():
+            return DamagedError(f"{path} is missing.")
+        return UserError(f"{path.parent} is not to be seen on {socket.gethostname()}. Do all nodes share this file "
+                         "system, and is it mounted?")
+    if error.errno in DAMAGE:
         return DamagedError(f"{path} can't be read: {error.strerror}.")
-    return DamagedError(f"{path} {error}.")
+    return UserError(f"{path} can't be read on {socket.gethostname()}: {error.strerror}. It may be undamaged: when the "
+                     "cause is removed, the same command goes on.")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -3,11 +3,12 @@
     step-00000100             complete
     .step-00000200.partial    being written; after a kill: removed at the next start
     .step-00000100.replaced   the old one while a new one of the same step takes its name; good until that has happened
-    .step-00000100.removed    being removed; after a kill: removed at the next start
+    .step-00000100.removed    being removed; after a kill: removed at the next start; the next of it is .removed-2
     step-00000300.abandoned   the run went back to before this step and went on from there; stays, and the next of
                               this step is called .abandoned-2
 
-A directory is renamed before it is removed, so that no kill leaves half of one under a good name.
+A directory is renamed before it is removed, so that no kill leaves half of one under a good name, and what a file
+system does not let go (NFS, while somebody has a file open) is in nobody's way.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 COMPLETE = re.compile(r"step-(\d{8,18})")
 REPLACED = re.compile(r"\.(step-\d{8,18})\.replaced")
-LEFTOVER = re.compile(r"\.step-\d{8,18}\.(partial|removed)")
+LEFTOVER = re.compile(r"\.(step-\d{8,18})\.(partial|removed(-\d+)?)")
 
 
 def name(step: int) -> str:
@@ -44,16 +46,36 @@ def complete(directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def tidy(directory: Path) -> list[str]:
-    """Remove what killed jobs left behind; what was removed."""
-    removed = []
+def tidy(directory: Path) -> tuple[list[str], list[OSError]]:
+    """Remove what killed jobs left behind; what was removed, and why others were not."""
+    removed, kept = [], []
     for entry in _listed(directory):
         match = REPLACED.fullmatch(entry)
         obsolete = match is not None and (directory / match[1]).exists()
         if obsolete or LEFTOVER.fullmatch(entry):
-            shutil.rmtree(directory / entry)
-            removed.append(entry)
-    return removed
+            try:
+                remove(directory / entry)
+                removed.append(entry)
+            except OSError as error:
+                kept.append(error)
+    return removed, kept
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, or part of one; afterwards it does not have its name any more, whatever is left.
+
+    Raises:
+        OSError: Something is left, or it could not even be renamed.
+    """
+    step = COMPLETE.search(path.name)
+    assert step is not None, f"{path} is no checkpoint"
+    aside = _unused(path.parent / f".{step[0]}.removed")
+    os.rename(path, aside)
+    try:
+        shutil.rmtree(aside)
+    except OSError as error:
+        error.filename = str(aside)     # it would be a name within
+        raise
 
 
 def publish(directory: Path, step: int) -> None:
@@ -61,12 +83,11 @@ def publish(directory: Path, step: int) -> None:
     target, aside = directory / name(step), directory / f".{name(step)}.replaced"
     sync(directory / partial(step))
     if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+        _try_to_remove(aside)
         os.rename(target, aside)
     os.rename(directory / partial(step), target)
     sync(directory)
-    if aside.exists():
-        shutil.rmtree(aside)
+    _try_to_remove(aside)
 
 
 def prune(directory: Path, step: int, *, keep_last: int, keep_every: int) -> list[str]:
@@ -74,17 +95,14 @@ def prune(directory: Path, step: int, *, keep_last: int, keep_every: int) -> lis
     found = complete(directory)
     abandoned = {other: abandon(directory, other, found[other]) for other in found if other > step}
     for other in expired([other for other in found if other <= step], keep_last=keep_last, keep_every=keep_every):
-        _remove(found[other], other)
+        remove(found[other])
     return [f"{directory / name(other)} is from before the run went back to an earlier step; "
             f"it is now called {path.name}." for other, path in abandoned.items()]
 
 
 def abandon(directory: Path, step: int, path: Path) -> Path:
     """Give the checkpoint of a step at `path` a name under which no run goes on from it; the new path."""
-    target, number = directory / f"{name(step)}.abandoned", 1
-    while target.exists():
-        number += 1
-        target = directory / f"{name(step)}.abandoned-{number}"
+    target = _unused(directory / f"{name(step)}.abandoned")
     os.rename(path, target)
     return target
 
@@ -104,12 +122,20 @@ def sync(directory: Path) -> None:
         os.close(file)
 
 
-def _remove(path: Path, step: int) -> None:
-    aside = path.parent / f".{name(step)}.removed"
-    if aside.exists():
-        shutil.rmtree(aside)
-    os.rename(path, aside)
-    shutil.rmtree(aside)
+def _try_to_remove(path: Path) -> None:
+    """What is left of it the next start removes."""
+    if path.exists():
+        with suppress(OSError):
+            remove(path)
+
+
+def _unused(path: Path) -> Path:
+    """This name, or the first of it with a number that nobody has."""
+    found, number = path, 1
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
 
 
 def _listed(directory: Path) -> list[str]:

@@ -11,8 +11,8 @@ import ctypes
 import json
 import os
 import stat
+import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,8 +27,11 @@ from mpilm.progress import Work
 HEADER_BYTES = 100_000_000      # the limit of the safetensors library
 CHUNK = 1 << 20                 # stays in the cache between the checksum and the write
 ALIGNMENT = 64
+OPEN = 64
 HANDED_ON = 8 << 20            # so many bytes at a time go on to the disk
+PAGE = 1 << 16                  # the largest there are
 SYNC_FILE_RANGE_WRITE = 2       # linux/fs.h
+SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)   # Linux has it
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,10 @@ def write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
                 Work.done += written
                 end += written
                 chunk = chunk[written:]
-            if end - handed_on >= HANDED_ON:
-                _hand_on(file, handed_on, end)
-                handed_on = end
+            if end - handed_on >= HANDED_ON + PAGE:
+                whole = end - end % PAGE    # a page that is on its way may have to arrive before it is written to again
+                _hand_on(file, handed_on, whole)
+                handed_on = whole
         os.fsync(file)
     except OSError as error:
         error.filename = str(path)
@@ -93,9 +97,8 @@ def _chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
 def _hand_on(file: int, begin: int, end: int) -> None:
     """Have these bytes go to the disk while the next ones are copied: without it the kernel keeps them all until fsync.
     It is advice: whatever goes wrong with them fsync tells."""
-    with suppress(AttributeError):      # Linux has it
-        ctypes.CDLL(None).sync_file_range(file, ctypes.c_int64(begin), ctypes.c_int64(end - begin),
-                                          SYNC_FILE_RANGE_WRITE)
+    if SYNC_FILE_RANGE is not None:
+        SYNC_FILE_RANGE(file, ctypes.c_int64(begin), ctypes.c_int64(end - begin), SYNC_FILE_RANGE_WRITE)
 
 
 def open_regular(path: Path) -> int:
@@ -110,6 +113,30 @@ def open_regular(path: Path) -> int:
         os.close(file)
         raise ValueError("is not an ordinary file")
     return file
+
+
+class OpenFiles:
+    """Files that stay open to be read again, the last OPEN of them: a file system with a server (Lustre, NFS) is asked
+    once for a file, not once for every run in it."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}    # the one used last is at the end
+        weakref.finalize(self, _close, self._open)
+
+    def get(self, path: Path) -> int:
+        """A descriptor, which stays ours. Raises as `open_regular` does."""
+        file = self._open.pop(path, None)
+        if file is None:
+            file = open_regular(path)
+            if len(self._open) >= OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+        self._open[path] = file
+        return file
+
+
+def _close(files: dict[Path, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def checksum_of(path: Path, size: int, kind: str) -> str:

@@ -88,8 +88,12 @@ class Writer:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             retention.sync(self.directory.parent)  # a power cut must not take the whole run
-            if removed := retention.tidy(self.directory):
+            removed, kept = retention.tidy(self.directory)
+            if removed:
                 say(f"{self.directory}: removed what an interrupted save left behind: {', '.join(removed)}")
+            for error in kept:
+                warn(f"{error.filename or self.directory}: {error.strerror}. An interrupted save left it behind; it is "
+                     "in nobody's way.")
             return None
         except OSError as error:
             return UserError(f"{error.filename or self.directory}: {error.strerror}. Checkpoints go there.")
@@ -104,18 +108,23 @@ class Writer:
         gaps = tensorfile.ALIGNMENT * len(deal(pieces, self.file_bytes))
         self._on_every_rank(partial(self._snapshot.reserve, nbytes + gaps))
 
-    def save(self, step: int, pieces: Sequence[Piece], meta: dict[str, Any]) -> None:
+    def save(self, step: int, pieces: Sequence[Piece], meta: dict[str, Any]) -> Saved | None:
         """Snapshot the pieces and return; they may change at once.
+
+        An earlier save that is still being written is waited for.
 
         Args:
             step: Names the checkpoint. One that is already there is replaced.
             pieces: Of all ranks together: every element of every tensor once.
             meta: What JSON can hold; rank 0's counts.
 
+        Returns:
+            The earlier checkpoint, if it has become complete here.
+
         Raises:
             UserError: There is not enough space, or an earlier save failed; on every rank the same.
         """
-        self._finish_earlier(step)
+        finished = self._finish_earlier(step)
         began = time.perf_counter()
         dealt = deal(pieces, self.file_bytes)
         needed = self.comm.allreduce(sum(piece.array.nbytes for piece in pieces))
@@ -127,15 +136,16 @@ class Writer:
         announced = [replace(piece, array=piece.array[:0]) for piece in pieces]
         task = Task("checkpoint", partial(files.write_share, place, dealt, views, announced))
         self._job = _Job(place, meta, task, self._collect, began, time.perf_counter() - began)
+        return finished
 
-    def _finish_earlier(self, step: int) -> None:
-        if self._job is not None:
-            earlier, began = self._job.place.step, time.perf_counter()
-            self.wait()
-            waited = time.perf_counter() - began
-            if waited >= NOTICED_S:
-                say(f"The save of step {step} waited {waited:.1f} s for that of step {earlier} to be written; "
-                    "a larger --checkpoint.every avoids that.")
+    def _finish_earlier(self, step: int) -> Saved | None:
+        began = time.perf_counter()
+        earlier = self.wait()
+        waited = time.perf_counter() - began
+        if earlier is not None and waited >= NOTICED_S:
+            say(f"The save of step {step} waited {waited:.1f} s for that of step {earlier.step} to be written; "
+                "a larger --checkpoint.every avoids that.")
+        return earlier
 
     def _begin(self, place: files.Place) -> None:
         if place.rank == 0:

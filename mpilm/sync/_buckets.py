@@ -195,10 +195,11 @@ class Replica(Bucket):
         masters, summed = (bridge.tensor(array[own], torch.float32) for array in (self.common[MASTERS], gradients))
         return flats_of(self.layout, own, masters, self.flat[own], [summed], states)
 
-    def runs(self, part: int, parts: int) -> list[Run]:
-        """One of `parts` shares of everything a resume needs."""
-        share = segments(self.layout.count, parts)[part]
-        return runs_of(self.layout, share, {name: array[share] for name, array in self.common.items()})
+    def runs(self, share: slice, *, first: int) -> list[Run]:
+        """Everything a resume needs of the elements in `share`, among which mine are those from `first` on."""
+        low, high = (min(max(0, end - first), self.layout.count) for end in (share.start, share.stop))
+        own = slice(low, high)
+        return runs_of(self.layout, own, {name: array[own] for name, array in self.common.items()})
 
 
 class Shard(Bucket):

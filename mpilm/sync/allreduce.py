@@ -20,7 +20,7 @@ from mpi4py import MPI
 from mpilm import ulfm
 from mpilm.comm import arrays
 from mpilm.comm.node import Node
-from mpilm.comm.order import BLOCK
+from mpilm.comm.order import BLOCK, segments
 from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import FLOAT_BYTES, Flat, Update, bytes_unsummed
 from mpilm.sync._buckets import MASTERS, Read, Replica, Run
@@ -115,8 +115,11 @@ class Allreduce(Summing[Replica]):
         self.owners.comm.Barrier()
 
     def runs(self, part: int, parts: int) -> list[Run]:
-        """As Synchronizer; any rank could offer any share."""
-        return [run for bucket in self.buckets for run in bucket.runs(part, parts)]
+        """As Synchronizer; any rank could offer any share. All buckets are cut as one, so that a share is few runs."""
+        counts = [bucket.layout.count for bucket in self.buckets]
+        share = segments(sum(counts), parts)[part]
+        return [run for bucket, stop in zip(self.buckets, accumulate(counts), strict=True)
+                for run in bucket.runs(share, first=stop - bucket.layout.count)]
 
     def memory(self) -> dict[str, int]:
         """As Synchronizer."""

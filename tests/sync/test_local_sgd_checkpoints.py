@@ -115,8 +115,8 @@ def test_stopped_anywhere_as_many_replicas_go_on_at_the_same_bits(options, comm)
 
 @pytest.mark.slow
 def test_files_bring_back_what_was_on_its_way(comm, tmp_path_all):
-    """As many fragments go on at the same bits; other fragments, of which some parameters travelled and some did not, go
-    on near them."""
+    """As many fragments go on at the same bits; others, of which some parameters travelled and some did not, near them.
+    """
     config = config_of(comm, every=4, fragments=3, outer_lr=0.7, outer_momentum=0.9)
     shape = assemble.shape_of(config, VOCAB)
     with session() as world:
