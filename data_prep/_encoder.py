@@ -47,6 +47,9 @@ class Encoder:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None    # the same text has the same tokens
+        self.name = name
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary or max(vocabulary.values()) >= MAX_VOCAB_SIZE:
             raise UserError(f"--tokenizer {name}: its vocabulary is empty or too large. {HOW_TO_MAKE}")
@@ -55,8 +58,16 @@ class Encoder:
         self.dtype = token_dtype(self.vocab_size)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of every text."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        """The token ids of every text.
+
+        Raises:
+            UserError: The tokenizer has none for something in them.
+        """
+        try:
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"--tokenizer {self.name}: it cannot encode this text ({str(error)[:200]}). It needs a "
+                            f"token for what it does not know, or bytes as its alphabet. {HOW_TO_MAKE}") from None
 
 
 def use_threads(threads: int) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep._sources import Source
 from mpilm.data._files import write_bytes, write_json
-from mpilm.data._format import INDEX, SPLITS, UNFINISHED
+from mpilm.data._format import INDEX, SPLITS, UNFINISHED, read_index
 from mpilm.log import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def is_finished(directory: Path, job: Job) -> bool:
     """
     if (directory / INDEX).exists():
         _require_same(directory, directory / JOB, job, f"{directory} already holds a dataset")
+        _require_whole(directory)
         return True
     unfinished = directory / UNFINISHED / JOB
     if unfinished.exists():
@@ -74,7 +75,7 @@ def start(directory: Path, job: Job, *, token_bytes: int) -> dict[int, Record]:
     if not (parts / JOB).exists():
         discard(directory)
         parts.mkdir(parents=True)
-        write_json(parts / JOB, job.to_json())
+    write_json(parts / JOB, job.to_json())  # lines may be skipped from here on
     records = (_record(path, token_bytes) for path in sorted(parts.glob("[0-9]*.json")))
     return {record["unit"]: record for record in records if record is not None}
 
@@ -104,13 +105,25 @@ def _record(path: Path, token_bytes: int) -> Record | None:
         return None
 
 
+def _require_whole(directory: Path) -> None:
+    from mpilm.data._shardfile import check_size
+
+    index = read_index(directory)
+    for shard in (shard for shards in index.splits.values() for shard in shards):
+        try:
+            check_size(directory / shard.file, shard)
+        except UserError as error:
+            raise UserError(f"{error}\nTo encode it again, remove {directory}; or restore the file.") from None
+
+
 def _require_same(directory: Path, path: Path, job: Job, what: str) -> None:
     try:
         before = json.loads(path.read_bytes())
     except (OSError, ValueError):
         before = {}
     now = json.loads(json.dumps(job.to_json()))
-    if before == now:
+    # What was encoded so far has no bad lines, so whoever skips them goes on with it.
+    if before in (now, {key: value for key, value in now.items() if key != "bad_lines"}):
         return
     raise UserError(f"{what}, made from something else ({_difference(before, now)}). Give another --to, or remove "
                     f"{directory} to encode from the beginning.")

@@ -72,20 +72,18 @@ def read(part: Part, *, field: str = "text", notes: Counter[str], scratch: Path 
                 if source.kind != "parquet" and part.start + done < (position := file.tell()) <= part.start + part.size:
                     advance(position - part.start - done)
                     done = position - part.start
+            _require_unchanged(source, file)
     except UserError:
         raise
     except (OSError, EOFError, ValueError) as error:  # Arrow's errors are among them
-        raise UserError(f"{source.path}: cannot be read to its end ({str(error)[:200]}). Repair or remove it, then run "
-                        "the same command again.") from None
+        raise UserError(f"{source.path}: cannot be read to its end ({str(error)[:200]}). Repair or remove it, and "
+                        "encode into another folder: this one belongs to the file as it is.") from None
     advance(part.size - done)
 
 
 def _unpacked(source: Source, file: BinaryIO) -> BinaryIO:
     """The stream to read from: the file, or what is packed in it."""
-    about = os.fstat(file.fileno())
-    if (about.st_size, about.st_mtime_ns) != (source.size, source.mtime_ns):
-        raise UserError(f"{source.path}: changed while it was being encoded. Wait until it is complete, remove the "
-                        "output folder and run the same command again.")
+    _require_unchanged(source, file)
     if not source.packing or not source.size:
         return file
     import pyarrow
@@ -94,20 +92,27 @@ def _unpacked(source: Source, file: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(unpacked, PIECE_BYTES))
 
 
+def _require_unchanged(source: Source, file: BinaryIO) -> None:
+    about = os.fstat(file.fileno())
+    if (about.st_size, about.st_mtime_ns) != (source.size, source.mtime_ns):
+        raise UserError(f"{source.path}: changed while it was being encoded. Wait until it is complete, remove the "
+                        "output folder and run the same command again.")
+
+
 def key_of(head: bytes) -> int:
     """64 bits of a hash of the first HEAD_BYTES of a document."""
     return int.from_bytes(hashlib.blake2b(head[:HEAD_BYTES], digest_size=8).digest(), "little")
 
 
 def _text(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratch: Path | None) -> Iterator[Piece]:
-    size, head = part.source.size, file.read(HEAD_BYTES)
+    size, head = part.source.size, file.read(len(BOM.encode()) + HEAD_BYTES)
     if part.source.packing:
         begins, ends, stretches = True, True, stream_pieces(file, held=head)
     else:
         begin, end, low, high = (_cut(file, place, size) for place in (part.start, part.stop, *part.document))
         file.seek(begin)
         begins, ends, stretches = begin == low, end == high, stream_pieces(file, end - begin)
-    before, key = None, key_of(head)
+    before, key = None, key_of(head.removeprefix(BOM.encode()))
     for stretch in stretches:
         if before is not None:
             yield Piece(_decode(before, begins, notes), begins, False, key)
@@ -158,7 +163,8 @@ def _value(line: bytes, field: str, where: str, first: bool, notes: Counter[str]
     try:
         record = json.loads(_decode(line, first, notes))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a line of JSON ({str(error)[:100]}). Repair or remove the line{SKIP}.") from None
+        raise UserError(f"{where}: not a line of JSON ({str(error)[:100]}). Repair or remove the line, and encode into "
+                        f"another folder{SKIP}.") from None
     if not isinstance(record, dict) or field not in record:
         raise UserError(f"{where}: no field {field!r}{_others(record)}. Name the text's field with --field{SKIP}.")
     value = record[field]

@@ -34,8 +34,9 @@ def main() -> None:
         resume.require_tokenizer(reader, config.data.path)
         validation = assemble.validation(config, pipeline.alone(trained.model(reader, world.device)), world.comm)
         loss = validation.loss()
+        of = f"of {validation.of:,} " if validation.of > validation.tokens else ""
         say(f"{reader.path}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over "
-            f"{validation.tokens:,} tokens")
+            f"{validation.tokens:,} {of}tokens")
 
 
 if __name__ == "__main__":

@@ -48,14 +48,20 @@ def sample(model: GPT, data_path: str, prompt: str, *, num_tokens: int, context:
     """The prompt and what the model writes after it, by the tokenizer of the dataset at `data_path`.
 
     Raises:
-        UserError: The prompt is empty.
+        UserError: The prompt is empty, or no text.
     """
     from tokenizers import Tokenizer
 
     from mpilm.data._format import TOKENIZER
 
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt: these bytes are no text in UTF-8.") from None
     tokenizer = Tokenizer.from_file(str(Path(data_path) / TOKENIZER))
-    tokens = tokenizer.encode(prompt).ids
+    tokenizer.no_padding()  # as data_prep encodes: nothing added, nothing cut
+    tokenizer.no_truncation()
+    tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not tokens:
         raise UserError("--prompt: give at least one character.")
     written = continuation(model, tokens, num_tokens=num_tokens, context=context, temperature=temperature, seed=seed)

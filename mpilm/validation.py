@@ -20,13 +20,16 @@ TOKENS = 1 << 18  # of a rank in memory at a time, about: the split may be large
 
 
 class Validation:
-    """`sequences` sequences, evenly spaced over the validation split, in whole micro-batches.
+    """`sequences` sequences, evenly spaced over the validation split, in whole micro-batches (see `divided`).
 
     Collective over `comm`, the ranks that hold the same parameters, and over the ranks of each pipeline.
 
     Args:
         share: So many ranks of `comm`, one next to the other, share every sequence.
         averaged: The pipeline's parameters are the same on all ranks of `comm` in such a block.
+
+    Attributes:
+        tokens, of: So many that are evaluated, of those that were wanted and are there.
 
     Raises:
         UserError: The validation split is shorter than one sequence.
@@ -39,12 +42,11 @@ class Validation:
         if available < 1:
             raise UserError(f"The validation split has {dataset.num_tokens} tokens, less than one sequence of "
                             f"{sequence_length}: encode with a larger --validation, or --log.validate_every 0.")
-        size = min(micro_batch_size, available)
-        slots = max(1, min(sequences, available) // size)
+        size, slots = divided(min(sequences, available), micro_batch_size)
         runs = even_runs(slots, comm.size // share)
         self.pipeline, self.losses = pipeline, Losses(comm, runs, pipeline.comm)
         self.averaged = averaged
-        self.tokens = slots * size * sequence_length
+        self.tokens, self.of = slots * size * sequence_length, min(sequences, available) * sequence_length
         mine = runs[comm.rank // share]
         self.together = max(1, TOKENS // (size * sequence_length))
         order = Spread(available, count=slots * size, mine=range(mine.start * size, mine.stop * size),
@@ -62,6 +64,18 @@ class Validation:
                 passes = filled(batch, min(self.together, self.rounds - first))
                 losses.append(self.pipeline.evaluate(passes)[:len(batch.inputs)])
         return self.losses.mean(np.concatenate(losses))
+
+
+def divided(count: int, most: int) -> tuple[int, int]:
+    """`count` sequences in micro-batches of at most `most` and about as many: how many each has, and their number, so
+    that few are left over.
+
+    >>> divided(64, 8), divided(12, 8), divided(5, 8)
+    ((8, 8), (6, 2), (5, 1))
+    """
+    most = min(most, count)
+    size = min(range(most, most // 2, -1), key=lambda size: count % size)
+    return size, count // size
 
 
 def filled(batch: Batch, slots: int) -> Batch:

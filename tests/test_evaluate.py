@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from mpi4py import MPI
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mpilm import assemble, evaluate, generate, validation
 from mpilm.log import UserError
@@ -74,3 +75,27 @@ def test_numbers_that_make_no_sense(run_mpi, command, option, value):
     result = run_mpi(0, ["-m", f"mpilm.{command}", *(["--show-schedule"] if command == "plan" else ["run"]),
                          f"--{option}", value])
     assert result.rc == 2 and f"--{option}" in result.stderr and "Traceback" not in result.stderr, result
+
+
+def test_few_sequences_are_left_over():
+    assert [validation.divided(count, 8) for count in (64, 12, 5, 1, 13)] == [(8, 8), (6, 2), (5, 1), (1, 1), (6, 2)]
+    for count in range(1, 200):
+        size, number = validation.divided(count, 8)
+        assert size <= 8 and number >= 1 and count - size * number < size
+
+
+def test_a_prompt_has_the_tokens_of_the_text_that_was_learned(tmp_path, monkeypatch):
+    """Nothing is added to it and nothing cut, whatever the tokenizer does for others."""
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "[PAD]": 3}, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.enable_padding(length=8)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    seen = []
+    monkeypatch.setattr(generate, "continuation", lambda model, tokens, **options: seen.append(tokens) or [])
+    options = {"num_tokens": 1, "context": 8, "temperature": 0, "seed": 0}
+    assert generate.sample(None, str(tmp_path), "a b b a", **options) == "a b b a"
+    assert seen == [[1, 2, 2, 1]]
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        generate.sample(None, str(tmp_path), "\udcff", **options)

@@ -14,7 +14,8 @@ import errno
 import hashlib
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ def write(path: Path, values: dict[str, int | str], chunks: Iterable[np.ndarray]
 
     temporary = path.with_name(path.name + ".tmp")
     checksum, max_token, done = hashlib.sha256(), 0, 0
-    with h5py.File(temporary, "w", locking=False, alignment_threshold=4096, alignment_interval=4096) as file:
+    with _disk_errors(temporary), h5py.File(temporary, "w", locking=False, alignment_threshold=4096,
+                                            alignment_interval=4096) as file:
         tokens: Any = None
         for chunk in chunks:
             if tokens is None:
@@ -71,6 +73,19 @@ def write(path: Path, values: dict[str, int | str], chunks: Iterable[np.ndarray]
     os.replace(temporary, path)
     sync(path.parent)
     return shard
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """HDF5 that may not write fails once more when it closes the file, and that hides the first error, which has the
+    reason."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError) or reason.errno is None:
+            raise
+        raise OSError(reason.errno, os.strerror(reason.errno), str(path)) from None
 
 
 def stored_checksum(path: Path) -> str:

@@ -1,17 +1,21 @@
 """Encoding: every document once, in its split, for any kind of input. See test_encode_ranks.py for several ranks."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 from tokenizers import Tokenizer, models
 
+from data_prep import _job
 from data_prep.encode import Settings, encode
+from mpilm.data import _shardfile
 from mpilm.data.shards import Dataset
 from mpilm.lock import locked
 from mpilm.log import UserError
 from tests.data_prep.texts import PACKINGS, contents, decoded, jsonl, some, train, write
+from tests.test_checkpoint_errors import small_disk
 
 pytestmark = pytest.mark.serial
 DOCUMENTS = some(300)
@@ -214,3 +218,61 @@ def test_the_index_says_what_is_there(tmp_path, tokenizer):
     assert index["version"] == 1
     assert index["dtype"] == "<u2"
     assert sum(shard["num_documents"] for split in index["splits"].values() for shard in split) == 300
+
+
+def test_a_bad_line_costs_nothing_that_was_done(tmp_path, tokenizer):
+    """The remedy that is named goes on where it stopped."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(DOCUMENTS) + b"{no json\n")
+    with pytest.raises(UserError, match="--bad_lines skip"):
+        alone([tmp_path / "in"], tokenizer, tmp_path / "out")
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "unfinished").glob("0*.json")}
+    assert done
+    skipping = replace(SMALL, bad_lines="skip")
+    kept = []
+
+    def keep(*args):
+        kept.extend(path for path in done if path.exists() and path.stat().st_mtime_ns == done[path])
+        return assemble(*args)
+    assemble = _job.keep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_job, "keep", keep)
+        folder = alone([tmp_path / "in"], tokenizer, tmp_path / "out", skipping)
+    assert sorted(kept) == sorted(done)
+    assert sorted(all_of(folder)) == sorted(DOCUMENTS)
+
+
+def test_a_shard_that_is_gone(tmp_path, tokenizer):
+    write(tmp_path / "in", DOCUMENTS, "jsonl")
+    folder = alone([tmp_path / "in"], tokenizer, tmp_path / "out")
+    (folder / "train-00001.h5").unlink()
+    with pytest.raises(UserError, match=r"(?s)train-00001\.h5.*remove .*out; or restore the file"):
+        alone([tmp_path / "in"], tokenizer, tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_with_shards(comm, tmp_path, tokenizer):
+    """HDF5, which cannot close the file either, must not hide the reason."""
+    write(tmp_path / "in", DOCUMENTS * 60, "jsonl")
+    with small_disk(comm, tmp_path / "disk", "size=1m") as disk, pytest.raises(OSError, match="No space left") as told:
+        _shardfile.write(disk / "train-00000.h5", {"num_tokens": 1 << 20}, [np.zeros(1 << 20, np.uint16)],
+                         np.zeros(1, np.int64))
+    assert told.value.filename.endswith("train-00000.h5.tmp")
+
+
+def test_a_tokenizer_that_has_no_token_for_what_it_does_not_know(tmp_path):
+    Tokenizer(models.Unigram([("a", -1.0), ("</s>", -2.0)])).save(str(tmp_path / "other.json"))
+    write(tmp_path / "in", ["a", "b"], "jsonl")
+    with pytest.raises(UserError, match=r"cannot encode this text .*unk"):
+        alone([tmp_path / "in"], tmp_path / "other.json", tmp_path / "out")
+
+
+def test_a_tokenizer_that_draws_lots(tmp_path, tokenizer):
+    """The same text has the same tokens, as without."""
+    drawing = Tokenizer.from_file(str(tokenizer))
+    drawing.model.dropout = 0.5
+    drawing.save(str(tmp_path / "drawing.json"))
+    write(tmp_path / "in", DOCUMENTS, "jsonl")
+    usual, drawn = (Dataset.open(alone([tmp_path / "in"], path, tmp_path / f"out-{path.stem}"))
+                    for path in (tokenizer, tmp_path / "drawing.json"))
+    assert usual.num_tokens == drawn.num_tokens
+    assert np.array_equal(usual.read(0, usual.num_tokens), drawn.read(0, usual.num_tokens))

@@ -1,6 +1,7 @@
 """Documents of every kind of file come out whole, in bounded pieces; what cannot be read is named."""
 
 import json
+import os
 from collections import Counter
 
 import pyarrow
@@ -76,9 +77,10 @@ def test_equal_documents_have_equal_keys(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.jsonl.gz").write_bytes(PACKINGS[".gz"](jsonl([text, "other"])))
     (tmp_path / "c.parquet").write_bytes(parquet([text]))
+    (tmp_path / "d.txt").write_text(text, encoding="utf-8-sig")
     keys = {path.name: {piece.key for piece in pieces(path)} for path in sorted(tmp_path.iterdir())}
     assert len(keys["a.txt"]) == 1
-    assert keys["a.txt"] == keys["c.parquet"] < keys["b.jsonl.gz"]
+    assert keys["a.txt"] == keys["d.txt"] == keys["c.parquet"] < keys["b.jsonl.gz"]
     assert len(keys["b.jsonl.gz"]) == 2
 
 
@@ -195,6 +197,17 @@ def test_a_file_that_changes_while_it_is_read(tmp_path):
     path.write_text("after that")
     with pytest.raises(UserError, match=r"x\.txt: changed while"):
         list(read(part, notes=Counter()))
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("many lines\n" * 200_000)
+    part = divide(find([path]), validation=0)[0].parts[0]
+    reading = read(part, notes=Counter())
+    next(reading)
+    os.truncate(path, 1_000_000)
+    with pytest.raises(UserError, match=r"x\.txt: changed while"):
+        list(reading)
 
 
 def test_another_field(tmp_path):

@@ -1,5 +1,6 @@
 """INPUT as people name it: files, folders, globs; what counts and what does not."""
 
+import gzip
 import os
 
 import pytest
@@ -60,3 +61,48 @@ def test_nothing_there(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"No input files.*\.parquet"):
         find([tmp_path / "empty"])
+
+
+def test_json_that_is_named_is_lines_of_json(folder):
+    """As C4 and Dolma ship it; in a folder of source code it is something else."""
+    (folder / "c4.json.gz").write_text("{}")
+    assert [source.kind for source in find([f"{folder}/*.json.gz"])] == ["jsonl"]
+    assert "c4.json.gz" not in names(find([folder]))
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("texts.tar", b"name" + b"\0" * 200, "NUL bytes"), ("a.jsonl.bz2", b"BZh91AY&SY...", "bzip2"),
+    ("a.pdf", b"%PDF-1.7 ...", "PDF"), ("a.txt", "text".encode("utf-16"), "iconv"),
+    ("texts.tar.gz", gzip.compress(b"name" + b"\0" * 200), "NUL bytes")])
+def test_what_is_named_and_no_text(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        find([tmp_path / name])
+
+
+def test_what_spark_has_not_finished(folder):
+    """Nor what it leaves beside its files; a partition and a package of private modules are something else."""
+    for name in ("_temporary/0/g.parquet", "_delta_log/h.parquet", "_year=2026/i.parquet", "_internal/j.py"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("x")
+    found = names(find([folder]))
+    assert {"g.parquet", "h.parquet"}.isdisjoint(found) and {"i.parquet", "j.py"} <= set(found)
+    assert {"_SUCCESS", "_metadata.parquet"}.isdisjoint(names(find([f"{folder}/*"])))
+
+
+def test_links_are_followed(folder, tmp_path):
+    """Also in circles."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "k.txt").write_text("x")
+    os.symlink(tmp_path / "elsewhere", folder / "more")
+    os.symlink(folder, folder / "sub" / "back")
+    assert names(find([folder])).count("k.txt") == 1
+    os.symlink(tmp_path / "gone.txt", folder / "gone.txt")
+    with pytest.raises(UserError, match="a link to something that is not there"):
+        find([folder])
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(UserError, match="not an ordinary file"):
+        find([tmp_path / "p.txt"])
