@@ -25,6 +25,8 @@ import termios
 import threading
 import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mpilm.log import UserError
@@ -40,6 +42,7 @@ GRACE_S = 3.0
 READ_S = 2.0
 PASSED_ON_S, NAPS = 0.05, 6  # several short naps: on a busy machine each of them is longer, as the launcher's turns are
 STDERR = 2
+MARK = "MPILM_ENDED"    # a file that is made when a program has ended well: for launchers that say so whatever happened
 # What a file system says for reasons of its own. ENOENT is not among them: that may well be our mistake.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM,
             errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EMFILE, errno.ENFILE}
@@ -179,6 +182,8 @@ class Guard:
         try:
             verdicts = self._verdicts(code, text, grace_s=grace_s)
         except MPI.Exception:   # somebody died on the way out, and the others leave all the same
+            if code == USER_ERROR:      # of which they do not hear here: they would wait for this rank
+                self._abort(code, text or "")
             verdicts = [(code, text)]
         codes = [code for code, _ in verdicts]
         if any(codes):
@@ -187,6 +192,9 @@ class Guard:
                 _print(_summary(told, len(verdicts)))
                 wait_until_read(STDERR)
             raise SystemExit(max(codes))
+        if self.comm.rank == 0 and (mark := os.environ.get(MARK)):
+            with suppress(OSError):
+                Path(mark).touch()
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
         if failed.exc_value is not None and not issubclass(failed.exc_type, SystemExit):
@@ -200,8 +208,9 @@ class Guard:
 
         _print(f"{self.label} {text}")
         wait_until_read(STDERR)
-        MPI.COMM_WORLD.Abort(code or 1)
-        os._exit(code or 1)
+        code = code & 0xFF or 1     # a system keeps no more of it, and 256 would be 0
+        MPI.COMM_WORLD.Abort(code)
+        os._exit(code)
 
 
 def _traceback(error: BaseException) -> str:
@@ -210,7 +219,8 @@ def _traceback(error: BaseException) -> str:
 
 def _print(text: str) -> None:
     """One write, so that the words of several ranks do not mix, after what was printed before."""
-    sys.stdout.flush()
+    with suppress(OSError, ValueError):     # it may be full or closed: the reason is told all the same
+        sys.stdout.flush()
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 

@@ -11,7 +11,9 @@ nothing knows its rank yet; after it ranks above 0 are quiet.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _LOGGER = logging.getLogger("mpilm")
@@ -25,11 +27,19 @@ class UserError(Exception):
 
 
 class _Console(logging.Handler):
-    """Prints to what sys.stdout and sys.stderr are at that moment, so that a live progress line can step aside."""
+    """Prints to what sys.stdout and sys.stderr are at that moment, so that a live progress line can step aside. The
+    program does not end for want of either."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        warning = record.levelno >= logging.WARNING
-        print(self.format(record), file=sys.stderr if warning else sys.stdout, flush=True)
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        try:
+            print(self.format(record), file=stream, flush=True)
+        except OSError as error:    # full, or closed as by `| head`
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 1 if stream is sys.stdout else 2)
+            os.close(nothing)
+            if stream is sys.stdout:
+                print(f"warning: standard output: {error.strerror}. Nothing more is printed there.", file=sys.stderr)
 
 
 class _File(logging.FileHandler):
@@ -65,7 +75,8 @@ def setup(rank: int, run_dir: str | Path | None = None) -> None:
     """
     for handler in list(_LOGGER.handlers):
         _LOGGER.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):     # what could not be written has been told
+            handler.close()
     _LOGGER.setLevel(logging.INFO if rank == 0 else logging.CRITICAL + 1)
     _LOGGER.propagate = False
     console = _Console()

@@ -84,9 +84,10 @@ class Run:
     reason: str | None = field(default=None, init=False)     # why it stopped before the end
     noticed: float = field(default=math.nan, init=False)
     pulse: Pulse = field(init=False)
+    started: int = field(init=False)    # ranks, before anyone died
 
     def __post_init__(self) -> None:
-        self.pulse = Pulse(self.config.run)
+        self.pulse, self.started = Pulse(self.config.run), self.world.size
 
     def run(self) -> None:
         """Train to the end. Collective over the world.
@@ -223,13 +224,13 @@ class Run:
             program.abandon()
         if self.prepared:
             rescue(program if self.training else None, self.world, self.config)
-        self.past = self._remember(program, old.size)
+        self.past = self._remember(program)
         self.program = None
         gc.collect()
         old.abandon()
 
-    def _remember(self, program: Program | None, ranks: int) -> Past:
-        before = self.past or Past(ranks=ranks - self.config.run.spares)
+    def _remember(self, program: Program | None) -> Past:
+        before = self.past or Past(ranks=self.started - self.config.run.spares)
         saver = program and program.saver
         return replace(before, since=self.noticed, speeds=list(program.speeds) if program else before.speeds,
                        arithmetic=saver.about["arithmetic"] if isinstance(saver, Saver) else before.arithmetic)

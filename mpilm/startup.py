@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -209,9 +210,11 @@ def _refuse(launcher: Launcher, consequence: str) -> NoReturn:
 
 
 def end_all(text: str, launcher: Launcher | None) -> NoReturn:
-    """End a program whose ranks all know of the same mistake but have no MPI yet. Rank 0 tells; exit code 2."""
+    """End a program that has no MPI yet, with exit code 2. Mostly all ranks know of the same mistake, and rank 0 tells;
+    who is still there after that has one of its own, such as a GPU that is broken."""
     if launcher is None or launcher.rank == 0:
         print(f"error: {text}", file=sys.stderr, flush=True)
     else:
         time.sleep(WAIT_TO_BE_ENDED_S)  # a launcher that sees another rank exit first may end rank 0 before it has told
+        print(f"[rank {launcher.rank} on {socket.gethostname()}] error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(USER_ERROR) from None

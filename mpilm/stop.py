@@ -9,7 +9,9 @@ waits.
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from mpi4py import MPI
 from mpilm.asked import NOTHING, Asked
 from mpilm.checkpoint.agreement import Rounds
 from mpilm.comm import p2p
+from mpilm.log import warn
 
 AGAIN = 75      # EX_TEMPFAIL of sysexits.h
 TAG = 1
@@ -35,6 +38,7 @@ class Stop:
         self.rounds, self.asked = Rounds(comm), asked
         self.left = asked.limit() if comm.rank == 0 else None
         self.save_s = 0.0   # what the last save took
+        self.voted, self.between_s = math.nan, 0.0      # when, and the longest time between two votes
 
     def after_step(self, *, last: bool) -> str | None:
         """Why to stop after this step; None: go on. After the `last` step nothing is asked any more."""
@@ -46,8 +50,15 @@ class Stop:
         return "the time is up" if answer == TIME else f"a rank got {signal.Signals(answer).name}"
 
     def _vote(self) -> int:
-        margin = self.asked.config.stop_before_s + 2 * self.save_s
+        now, first = time.monotonic(), math.isnan(self.voted)
+        self.between_s = max(self.between_s, 0.0 if first else now - self.voted)
+        self.voted = now
+        # An answer comes a step after its question, and what is between them may be a validation.
+        margin = self.asked.config.stop_before_s + 2 * (self.save_s + self.between_s)
         late = self.left is not None and self.left() < margin
+        if late and first:
+            warn(f"The time is up after two steps: a run ends {margin:,.0f} s before its limit (--run.stop_before_s, "
+                 "and what saving takes). Ask for more time.")
         return min(self.asked.signal, self.asked.elsewhere(), TIME if late else NOTHING)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CORPUS = "corpus"  # folder of the built-in corpus, beside the runs
 PROMPT, SAMPLE_TOKENS = "import ", 120
+SAMPLED = 300_000_000   # parameters of a model that rank 0 may load at the end, and have write for a minute
 WAIT_S = 5.0  # a run that was killed may take so long to end
 DESCRIPTION = "Train a language model on the ranks that mpirun or srun started; without them, on one."
 
@@ -47,6 +48,7 @@ class RunDirectory:
 
     def prepare(self, world: World) -> None:
         """Have the lock and something to train on. Collective over the world."""
+        require_alike(world, self.config)
         self.lock(world)
         self.config.data.path = self.config.data.path or built_in(world)
 
@@ -72,6 +74,20 @@ class RunDirectory:
         launch.greet(world, self.path)
 
 
+def require_alike(world: World, config: Config) -> None:
+    """Collective over the world.
+
+    Raises:
+        UserError: Other options on some rank than on rank 0.
+    """
+    from mpilm.checkpoint import differences
+
+    mine = config.to_dict()
+    differing = differences(world.comm.bcast(mine), mine)
+    launch.agree(world.comm, UserError("the options are not those of rank 0 (another file or command line there?):\n  "
+                                       + "\n  ".join(differing)) if differing else None)
+
+
 def built_in(world: World) -> str:
     """The built-in corpus, prepared where it is missing. Collective over the world."""
     from data_prep import corpus
@@ -82,6 +98,7 @@ def built_in(world: World) -> str:
 def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
     """Print validation loss beside the unigram entropy, a sample, and where the run is. Collective over the world."""
     from mpilm import assemble, generate, resume, trained
+    from mpilm.checkpoint import parameters
     from mpilm.data.shards import unigram_entropy
     from mpilm.parallel import layout
 
@@ -100,7 +117,9 @@ def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
     lines.append(f"run directory     {config.run.dir}")
     say("\n" + "\n".join(lines))
     reader = resume.open_run(path, world.comm)  # a rank of a pipeline has only a part of the model
-    if world.rank == 0:
+    if parameters(reader) > SAMPLED:
+        say(f"\npython -m mpilm.generate {config.run.dir} has it write")
+    elif world.rank == 0:
         text = generate.sample(trained.model(reader), config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
                                context=config.data.sequence_length, temperature=0.7, seed=config.run.seed)
         say(f"\nthe model writes:\n{text}")

@@ -51,6 +51,8 @@ def main():
             agree(world.comm, None)
         if mode == "exit" and last:
             sys.exit(7)
+        if mode == "exit 256" and last:
+            sys.exit(256)
         if mode == "exit well":
             sys.exit(0)
         if mode == "thread" and last:
@@ -127,6 +129,7 @@ def test_more_threads_than_any_machine_has_are_refused(program):
     ("interrupt", 130, "[rank 1 on {host}] interrupted"),
     ("interrupt everywhere", 130, "interrupted"),
     ("exit", 7, "[rank 1 on {host}] exits with 7"),
+    ("exit 256", 1, "[rank 1 on {host}] exits with 256"),
 ])
 def test_what_a_user_did_is_told_once_without_traceback(program, mode, rc, told):
     result = program(mode)

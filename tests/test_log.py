@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
+
 from mpilm import log
 
 
@@ -31,3 +36,15 @@ def test_a_second_run_appends(tmp_path):
         log.say(text)
     log.setup(0)
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.serial
+def test_nobody_ends_for_want_of_a_terminal(tmp_path):
+    """Full, or closed at the other end; it is said once where it can be."""
+    program = f"from mpilm import log; log.setup(0, {str(tmp_path)!r}); [log.say('hello') for _ in range(9)]"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
+                              check=False)
+    assert (done.returncode, done.stderr) == (
+        0, "warning: standard output: No space left on device. Nothing more is printed there.\n")
+    assert (tmp_path / "log.txt").read_text().count("hello") == 9

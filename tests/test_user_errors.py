@@ -170,3 +170,10 @@ def test_a_checkpoint_of_another_run_is_refused(comm, data, tmp_path_all):
     train_here(tmp_path_all / "moved", run, **{"run.seed": 9, "run.resume": "never"})
     everywhere(comm, (run / "checkpoints.old-1").is_dir())
     everywhere(comm, json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2)
+
+
+@pytest.mark.ranks(min=2, max=2)
+def test_ranks_that_were_given_other_options(comm, data, tmp_path_all):
+    """A mixture would train, and be saved as good."""
+    with pytest.raises(UserError, match=r"(?s)rank 1: the options are not .*optim\.lr: expected 0\.5"):
+        train_here(data, tmp_path_all / "run", **{"optim.lr": 0.5 / (1 + comm.rank)})

@@ -3,13 +3,13 @@
 #
 #     MPILM_SITE=openmpi_mpirun sbatch jobs/train_many_nodes.slurm ... --run.spares 1
 #
-# Slurm's signals, of preemption for one, do not reach ranks that mpirun started; the time limit is heeded all the same.
+# Signals reach the ranks, and what mpirun says at the end can be believed: jobs/ulfm.sh.
 #
 # `make` allows PyPI's Open MPI more ranks than cores, and then it fills the first node with all of them: --map-by slot.
 #
 # Run with PyPI's Open MPI 5.0 under Slurm 22.05, on nodes that are emulated (tests/slurm). Under PBS: never.
 if [ -n "${PBS_NODEFILE:-}" ]; then
-    launcher=(mpirun --with-ft ulfm -np "$ranks" --hostfile "$PBS_NODEFILE" --map-by slot)
+    launcher=(jobs/ulfm.sh -np "$ranks" --hostfile "$PBS_NODEFILE" --map-by slot)
 else
-    launcher=(mpirun --with-ft ulfm -np "$SLURM_NTASKS" --map-by slot)
+    launcher=(jobs/ulfm.sh -np "$SLURM_NTASKS" --map-by slot)
 fi

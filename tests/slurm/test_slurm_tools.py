@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import helpers
 from tests.chaos.jobs import weights
 from tests.slurm.submitted import steps
 
@@ -43,6 +44,24 @@ def test_mpirun_goes_on_when_a_rank_is_killed(submit, site, tmp_path):
     assert job.ends() == ("COMPLETED", 0), job.words
     assert "went on after" in job.words
     assert weights(tmp_path / "run").startswith("300 ")
+
+
+def test_mpirun_passes_signals_on_and_is_not_believed_when_nobody_is_left(submit, site, tmp_path):
+    """Its daemons do not die of Slurm's signal; and it would say 0."""
+    if site != "openmpi":
+        pytest.skip("ULFM is Open MPI's")
+    job = submit("train_requeue", "--nodes=2", "--ntasks-per-node=1", site="openmpi_mpirun", **{"run.steps": 100000})
+    job.until(lambda: steps(tmp_path / "run") > 5)
+    job.cluster.ask("scancel", "--signal=USR1", job.id)
+    job.until(lambda: job["Restarts"] == "1" and f"start 2 of job {job.id}" in job.words)
+    assert "a rank got SIGUSR1; saved" in job.words
+    before = steps(tmp_path / "run")
+    job.until(lambda: steps(tmp_path / "run") > before)
+    for victim in (rank(1, job), rank(0, job)):
+        os.kill(victim, signal.SIGKILL)
+    assert job.ends() == ("FAILED", 1), job.words
+    assert "no rank came to the end" in job.words
+    assert not list(helpers.REPOSITORY.glob(".ended-*"))
 
 
 def rank(number, job):
