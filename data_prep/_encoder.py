@@ -1,6 +1,7 @@
 """A tokenizer.json from the `tokenizers` library, as encoding needs it: text -> token ids, nothing added, nothing cut.
 
-Text that spells a special token ("<|endoftext|>") is encoded as ordinary text: a document cannot end itself.
+Text that spells a special token ("<|endoftext|>") is encoded as ordinary text: a document cannot end itself, unless the
+tokenizer has that token as an ordinary one, which `encode` counts and tells.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ def encode_unit(unit: Unit, folder: Path, encoder: Encoder, *, validation: float
             for batch in _batches(read(part, field=field, notes=notes, scratch=folder, skip_bad=skip_bad,
                                        advance=advance)):
                 for piece, ids in zip(batch, encoder.encode([piece.text for piece in batch]), strict=True):
+                    notes["ended"] += encoder.end_of_text in ids
                     outputs[part.split or split_of(piece.key, validation)].add(ids, piece)
         record: Record = {"unit": unit.number, "bytes": unit.size, "notes": dict(notes)}
         record |= {split: outputs[split].finish() for split in SPLITS}

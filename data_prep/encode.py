@@ -235,6 +235,9 @@ def _tell(assembly: Assembly, records: list[Record], settings: Settings, folder:
         say(f"{notes['empty']:,} empty documents are left out")
     if notes["undecodable"]:
         say(f"{notes['undecodable']:,} pieces of text held bytes that are not UTF-8; each became U+FFFD")
+    if notes["ended"]:
+        warn(f"{notes['ended']:,} pieces of text spell the token that ends a document, which this tokenizer does not "
+             "tell apart: make it a special token of the tokenizer, or name another one with --end_of_text.")
     tell_bad_lines(notes)
     if settings.validation and not assembly.num_documents("validation"):
         warn(f"the validation split is empty: {counted(assembly.num_documents('train'), 'document')} are too few for "

@@ -276,3 +276,10 @@ def test_a_tokenizer_that_draws_lots(tmp_path, tokenizer):
                     for path in (tokenizer, tmp_path / "drawing.json"))
     assert usual.num_tokens == drawn.num_tokens
     assert np.array_equal(usual.read(0, usual.num_tokens), drawn.read(0, usual.num_tokens))
+
+
+def test_a_text_that_ends_itself_by_an_ordinary_token_is_told(tmp_path, capsys):
+    Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "</s>": 2}, unk_token="[UNK]")).save(str(tmp_path / "other.json"))
+    write(tmp_path / "in", ["a", "</s>", "a"], "jsonl")
+    alone([tmp_path / "in"], tmp_path / "other.json", tmp_path / "out", Settings(validation=0))
+    assert "1 pieces of text spell the token that ends a document" in capsys.readouterr().err
