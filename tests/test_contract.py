@@ -100,6 +100,16 @@ def test_every_layout_has_the_bits_of_one_rank(schedule, way, expected, comm, wa
         everywhere(comm, mine[:2] == (losses, norms) and same, f"{way}, {found}: {mine[:2]}, not {losses, norms}")
 
 
+@pytest.mark.ranks(min=3, max=4)
+def test_nodes_of_different_size(expected, comm, monkeypatch):
+    """All ranks but one on one node; buckets that are smaller than a block for each of them."""
+    monkeypatch.setenv("MPILM_RANKS_PER_NODE", str(comm.size - 1))
+    for way in ({}, {"kind": "sharded", "level": 1}, {"kind": "sharded", "level": 3}):
+        mine = parallel(configuration("shared", bucket_mib=0.05, layers=LAYERS, **way), precision="bf16")
+        same = all(torch.equal(expected[2][name], value) for name, value in mine[2].items())
+        everywhere(comm, mine[:2] == expected[:2] and same, f"{way}: {mine[:2]}, not {expected[:2]}")
+
+
 @pytest.fixture(scope="module")
 def shared():
     """Losses, norms and weights of one rank, of a model whose layers ranks can share."""

@@ -55,8 +55,8 @@ class Allreduce(Summing[Replica]):
                  dtype: torch.dtype, bucket_mib: float, reproducible: bool, repeated: Collection[str] = ()) -> None:
         self.owners = Node.build(collective.owners)
         visits = (tree_visits if reproducible else running_visits)(num_slots)
-        layouts = lay_out(described(parameters, decayed), int(bucket_mib * 2**20 / FLOAT_BYTES),
-                          owners=self.owners.comm.size)
+        most: int = collective.comm.allreduce(self.owners.comm.size, op=MPI.MAX)    # a node may have fewer ranks
+        layouts = lay_out(described(parameters, decayed), int(bucket_mib * 2**20 / FLOAT_BYTES), owners=most)
         outlived = ulfm.active() and self.owners.comm.size > 1
         self.journal = Journal(self.owners, len(update.STATES)) if outlived else None
         # What a rank that died has left can be finished from written sums only (`inherit`).
