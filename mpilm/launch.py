@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mpilm import log, placement, starting, startup
 from mpilm.failure import EndError, Guard, RankError, agree, on_root
-from mpilm.log import UserError
+from mpilm.log import HostError, UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -137,6 +137,7 @@ class World:
 
 def command(main: Callable[[], None], *, tune: bool = True) -> None:
     """Run a command's `main`; a UserError before its session is told once, without traceback: exit code 2.
+    A HostError first starts MPI, so that it ends all ranks. Collective over all ranks.
 
     Args:
         tune: Whether to start anew under our settings for malloc, before anything else is done; a benchmark may want
@@ -144,10 +145,14 @@ def command(main: Callable[[], None], *, tune: bool = True) -> None:
     """
     if tune:
         startup.tune_malloc()
+    launcher = placement.launcher(os.environ)
     try:
         main()
     except UserError as error:
-        startup.end_all(str(error), placement.launcher(os.environ))
+        if launcher and isinstance(error, HostError):   # the others may be waiting in MPI_Init, which need not end
+            with session():
+                raise
+        startup.end_all(str(error), launcher)
 
 
 @contextmanager

@@ -26,6 +26,10 @@ class UserError(Exception):
     """
 
 
+class HostError(UserError):
+    """A mistake that other ranks, on other hosts, may not have made: a file that is not there, a GPU that is broken."""
+
+
 class _Console(logging.Handler):
     """Prints to what sys.stdout and sys.stderr are at that moment, so that a live progress line can step aside. The
     program does not end for want of either."""

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from typing import Any
 
 from mpilm.config import Config, Model, Run
-from mpilm.log import UserError
+from mpilm.log import HostError, UserError
 
 # A slip of the finger is refused here, before it takes all memory, or hours, to find out.
 LIMITS = {"run.steps": 2**40, "run.seed": 2**63, "run.threads": 1024, "data.sequence_length": 2**31,
@@ -60,9 +60,9 @@ def _check_files(argv: Sequence[str]) -> None:
                     _check_names(name, tomllib.load(file))
             except OSError as error:
                 why = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
-                raise UserError(f"--config {name}: {why}. Give a TOML file, such as those in jobs/.") from None
+                raise HostError(f"--config {name}: {why}. Give a TOML file, such as those in jobs/.") from None
             except ValueError as error:
-                raise UserError(f"--config {name}: not a TOML file ({error}).") from None
+                raise HostError(f"--config {name}: not a TOML file ({error}).") from None
 
 
 def _check_names(name: str, sections: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ import gc
 import importlib.util
 import os
 import resource
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,7 @@ from typing import NoReturn
 
 from mpilm import placement, starting
 from mpilm.failure import USER_ERROR
-from mpilm.log import UserError
+from mpilm.log import HostError
 from mpilm.placement import Launcher
 
 # Large buffers stay mapped, in huge pages, instead of being returned to the kernel and faulted in again at every step.
@@ -89,7 +88,7 @@ def choose_gpu(local_rank: int, wanted: str = "auto") -> str:
         "cuda:<index>", or "cpu" where there is no GPU, none is wanted, or CuPy to work on it is not installed.
 
     Raises:
-        UserError: A GPU is wanted, and there is none, or none that could be used.
+        HostError: A GPU is wanted, and there is none, or none that could be used.
     """
     if wanted == "host":
         return "cpu"
@@ -98,13 +97,13 @@ def choose_gpu(local_rank: int, wanted: str = "auto") -> str:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # sums of the same bits every time
     count, make_current = _driver()
     if wanted == "cuda" and not count:
-        raise UserError("--run.device cuda: no GPU is to be seen on this host. nvidia-smi (rocm-smi) shows those there "
+        raise HostError("--run.device cuda: no GPU is to be seen on this host. nvidia-smi (rocm-smi) shows those there "
                         "are; CUDA_VISIBLE_DEVICES and the batch system may hide them.")
     if not count or (wanted == "auto" and importlib.util.find_spec("cupy") is None):
         return "cpu"
     index = local_rank % count
     if not make_current(index):
-        raise UserError(f"GPU {index} of {count} cannot be used: is it in exclusive mode and taken, or broken? "
+        raise HostError(f"GPU {index} of {count} cannot be used: is it in exclusive mode and taken, or broken? "
                         "nvidia-smi shows it.")
     return f"cuda:{index}"
 
@@ -210,11 +209,9 @@ def _refuse(launcher: Launcher, consequence: str) -> NoReturn:
 
 
 def end_all(text: str, launcher: Launcher | None) -> NoReturn:
-    """End a program that has no MPI yet, with exit code 2. Mostly all ranks know of the same mistake, and rank 0 tells;
-    who is still there after that has one of its own, such as a GPU that is broken."""
+    """End a program whose ranks all know of the same mistake but have no MPI yet. Rank 0 tells; exit code 2."""
     if launcher is None or launcher.rank == 0:
         print(f"error: {text}", file=sys.stderr, flush=True)
     else:
         time.sleep(WAIT_TO_BE_ENDED_S)  # a launcher that sees another rank exit first may end rank 0 before it has told
-        print(f"[rank {launcher.rank} on {socket.gethostname()}] error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(USER_ERROR) from None

@@ -21,7 +21,8 @@ serial = pytest.mark.serial
 PROGRAM = """
 import os, signal, sys, threading, time
 from mpilm.launch import agree, command, on_root, session
-from mpilm.log import UserError, say, warn
+from mpilm import placement
+from mpilm.log import HostError, UserError, say, warn
 
 mode, directory = sys.argv[1:]
 
@@ -31,6 +32,10 @@ def loader():
 def main():
     if mode == "before":
         raise UserError("--model.width 7: give an even number.")
+    if mode == "no file":
+        raise HostError("--config x: there is no such file.")
+    if mode == "no GPU" and placement.launcher(os.environ).rank == 1:
+        raise HostError("GPU 1 cannot be used")
     with session(run_dir=directory) as world:
         last = world.rank == world.size - 1
         if mode == "well":
@@ -123,6 +128,8 @@ def test_more_threads_than_any_machine_has_are_refused(program):
 @serial
 @pytest.mark.parametrize(("mode", "rc", "told"), [
     ("before", 2, "error: --model.width 7: give an even number."),
+    ("no file", 2, "error: --config x: there is no such file."),
+    ("no GPU", 2, "[rank 1 on {host}] error: GPU 1 cannot be used"),
     ("mistake everywhere", 2, "error: --data.path x: there is no such folder."),
     ("mistake", 2, "[rank 1 on {host}] error: only I see it"),
     ("disk", 2, "error: rank 1: OSError: [Errno 28] No space left on device"),
