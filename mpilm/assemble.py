@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpilm import arithmetic, connect, device, menu, resume, room, sync, ulfm
+from mpilm import alike, arithmetic, connect, device, menu, resume, room, sync, ulfm
 from mpilm.arithmetic import Arithmetic
 from mpilm.asked import Asked
 from mpilm.checkpoint import Reader
@@ -84,6 +84,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
         UserError: On every rank, for whatever of the configuration, data or checkpoint can't be used.
     """
     dataset = open_split(config, "train")
+    alike.require_dataset(world.comm, config.data.path, dataset.fingerprint)
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
     transport = device.transport(config, world)

@@ -23,7 +23,7 @@ def main() -> None:
         with startup.loading():
             import torch
 
-            from mpilm import assemble, resume, trained
+            from mpilm import alike, assemble, resume, trained
             from mpilm.parallel import pipeline
 
         torch.set_num_threads(world.threads)
@@ -33,6 +33,7 @@ def main() -> None:
         config.log.validation_sequences = options.sequences
         resume.require_tokenizer(reader, config.data.path)
         validation = assemble.validation(config, pipeline.alone(trained.model(reader, world.device)), world.comm)
+        alike.require_dataset(world.comm, config.data.path, validation.dataset.fingerprint)
         loss = validation.loss()
         of = f"of {validation.of:,} " if validation.of > validation.tokens else ""
         say(f"{reader.path}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over "

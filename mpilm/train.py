@@ -48,7 +48,10 @@ class RunDirectory:
 
     def prepare(self, world: World) -> None:
         """Have the lock and something to train on. Collective over the world."""
-        require_alike(world, self.config)
+        from mpilm import alike
+
+        alike.require(world.comm, self.config.to_dict(), "the options are not those of rank 0 (another file or command "
+                                                         "line there?)")
         self.lock(world)
         self.config.data.path = self.config.data.path or built_in(world)
 
@@ -72,20 +75,6 @@ class RunDirectory:
         launch.on_root(world.comm, lambda: Path(self.path).mkdir(parents=True, exist_ok=True))
         self.lock(world)
         launch.greet(world, self.path)
-
-
-def require_alike(world: World, config: Config) -> None:
-    """Collective over the world.
-
-    Raises:
-        UserError: Other options on some rank than on rank 0.
-    """
-    from mpilm.checkpoint import differences
-
-    mine = config.to_dict()
-    differing = differences(world.comm.bcast(mine), mine)
-    launch.agree(world.comm, UserError("the options are not those of rank 0 (another file or command line there?):\n  "
-                                       + "\n  ".join(differing)) if differing else None)
 
 
 def built_in(world: World) -> str:

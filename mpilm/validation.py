@@ -44,7 +44,7 @@ class Validation:
                             f"{sequence_length}: encode with a larger --validation, or --log.validate_every 0.")
         size, slots = divided(min(sequences, available), micro_batch_size)
         runs = even_runs(slots, comm.size // share)
-        self.pipeline, self.losses = pipeline, Losses(comm, runs, pipeline.comm)
+        self.dataset, self.pipeline, self.losses = dataset, pipeline, Losses(comm, runs, pipeline.comm)
         self.averaged = averaged
         self.tokens, self.of = slots * size * sequence_length, min(sequences, available) * sequence_length
         mine = runs[comm.rank // share]

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -19,7 +20,7 @@ VOCAB_SIZE = 257
 END_OF_TEXT = 256
 
 
-def small(directory: Path) -> Path:
+def small(directory: Path, *, validation: ModuleType = textwrap) -> Path:
     """Write a training split of about 60,000 tokens and a validation split of about 20,000; returns `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _bytes_only()
@@ -27,7 +28,7 @@ def small(directory: Path) -> Path:
     digest = hashlib.sha256((directory / _format.TOKENIZER).read_bytes()).hexdigest()
     shards = {split: [_write(directory, split, digest, [np.array(tokenizer.encode(inspect.getsource(module)).ids)
                                                         for module in modules])]
-              for split, modules in {"train": (inspect, ), "validation": (textwrap, )}.items()}
+              for split, modules in {"train": (inspect, ), "validation": (validation, )}.items()}
     index = _format.Index(VOCAB_SIZE, END_OF_TEXT, digest, shards)
     (directory / _format.INDEX).write_bytes(index.to_bytes())
     return directory

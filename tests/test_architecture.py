@@ -19,7 +19,8 @@ FLOORS = {
     2: {"parallel", "sync"},
     3: {"checkpoint", "state", "optim"},
     4: {"trainer", "server", "assemble", "hybrid", "sequential", "recovery", "resume", "origin", "saver", "validation",
-        "stop", "heartbeat", "vigil", "interval", "arithmetic", "metrics", "room", "connect", "device", "trained"},
+        "stop", "heartbeat", "vigil", "interval", "alike", "arithmetic", "metrics", "room", "connect", "device",
+        "trained"},
     5: {"train", "evaluate", "generate", "inspect", "plan", "bench"},
 }
 FORBIDDEN = {

@@ -6,13 +6,16 @@ import contextlib
 import json
 import os
 import re
+import sched
+import shlex
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mpilm import options, train
+from mpilm import assemble, options, train
 from mpilm.config import Config
+from mpilm.data.shards import Dataset
 from mpilm.lock import locked
 from mpilm.log import UserError
 from tests import datasets
@@ -177,3 +180,12 @@ def test_ranks_that_were_given_other_options(comm, data, tmp_path_all):
     """A mixture would train, and be saved as good."""
     with pytest.raises(UserError, match=r"(?s)rank 1: the options are not .*optim\.lr: expected 0\.5"):
         train_here(data, tmp_path_all / "run", **{"optim.lr": 0.5 / (1 + comm.rank)})
+
+
+@pytest.mark.ranks(min=2, max=2)
+def test_disks_of_nodes_that_hold_other_datasets(comm, data, tmp_path_all, monkeypatch):
+    """Of one tokenizer, such as two states of a corpus: nothing else would tell."""
+    mine = datasets.small(tmp_path_all / f"disk{comm.rank}", validation=(shlex, sched)[comm.rank])
+    monkeypatch.setattr(assemble, "open_split", lambda config, split: Dataset.open(mine, split=split))
+    with pytest.raises(UserError, match=r"rank 1: .* is another dataset than on rank 0"):
+        train_here(data, tmp_path_all / "run")
