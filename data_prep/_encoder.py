@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpilm.data import tokenizer
 from mpilm.data._format import MAX_TOKENIZER_BYTES, MAX_VOCAB_SIZE, token_dtype
 from mpilm.log import UserError
 
@@ -41,15 +42,10 @@ class Encoder:
         self.content = content
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
-            self._tokenizer = Tokenizer.from_buffer(content)
+            self._tokenizer = tokenizer.settle(Tokenizer.from_buffer(content))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"--tokenizer {name}: not a tokenizer.json of the `tokenizers` library "
                             f"({str(error)[:200]}). {HOW_TO_MAKE}") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True
-        if getattr(self._tokenizer.model, "dropout", None):
-            self._tokenizer.model.dropout = None    # the same text has the same tokens
         self.name = name
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary or max(vocabulary.values()) >= MAX_VOCAB_SIZE:

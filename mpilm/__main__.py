@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 COMMANDS = ("data_prep.tokenizer", "data_prep.encode", "data_prep.verify", "mpilm.train", "mpilm.evaluate",
-            "mpilm.generate", "mpilm.inspect", "mpilm.plan", "mpilm.bench.__main__")
+            "mpilm.generate", "mpilm.export", "mpilm.inspect", "mpilm.plan", "mpilm.bench.__main__")
 
 
 def overview() -> str:

@@ -61,7 +61,7 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
         device: What is computed on.
 
     Returns:
-        The decision and the matmul peak of all ranks together, FLOP/s.
+        The decision and the matmul peak of this rank, FLOP/s.
 
     Raises:
         UserError: `run.compile on` where a rank has no C++ compiler; `run.precision fp8` where the device or the model
@@ -79,7 +79,7 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
                           config.run.reproducible, cpu_model() if device is HOST else device.title, torch.__version__)
     _warn_of_changes(decision, recorded)
     _warn_of_mixed_machines(decision, world)
-    return decision, world.comm.allreduce(speeds[precision.carrier(chosen)])
+    return decision, speeds[precision.carrier(chosen)]
 
 
 def _speeds(names: Iterable[str], device: str, threads: int) -> dict[str, float]:

@@ -124,7 +124,8 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
         where=where, heart=pulse.heart,
         saver=Elsewhere() if roles.servers else _saver(
             config, world, roles.side, core.sync, core.mesh.replicas, core.slices(shape), about, reader=reader),
-        flops_per_token=count.flops_per_token(shape, config.data.sequence_length), peak_flops=peak)
+        flops_per_token=count.flops_per_token(shape, config.data.sequence_length),
+        peak_flops=core.mesh.comm.allreduce(peak))
 
 
 def _commit(world: World, mesh: Mesh, roles: Roles) -> Commit:
@@ -168,7 +169,7 @@ def serve(config: Config, shape: Shape, decision: Arithmetic, roles: Roles, stat
     with torch.device("meta"):
         parameters = named([GPT(shape)])
     update = Update(config.optim, config.run.steps, compiled=decision.compile)
-    update.applied, update.skipped = state.applied, state.skipped
+    state.resume(update)
     runs = layout.slots(config, roles.workers, reproducible=decision.reproducible)
     clocks = Clocks(roles.workers, staleness=layout.staleness(config), start=state.step, steps=config.run.steps,
                     meets=partial(meets, config), shares=[len(run) for run in runs])
@@ -254,9 +255,9 @@ def named(parts: list[GPT]) -> dict[str, torch.nn.Parameter]:
 
 def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> TrainState:
     """Give parameters and optimizer their values: initial ones, or a checkpoint's. Collective over the workers."""
-    core.sync.load(values(core.slices(shape), config.run.seed, reader))
     state = start(reader)
-    core.update.applied, core.update.skipped = state.applied, state.skipped
+    state.resume(core.update)   # first: from some update on replicas that train apart have other values
+    core.sync.load(values(core.slices(shape), config.run.seed, reader))
     return state
 
 

@@ -121,7 +121,7 @@ class Optim:
         schedule: `cosine`, or `wsd` (warm-up, stable, linear decay at the end).
         warmup_steps: Steps of linear warm-up.
         decay_fraction: Share of the steps that wsd decays over.
-        min_lr: Learning rate at the end, as a fraction of the peak.
+        min_lr: Learning rate that the schedule ends at, one update after the last, as a fraction of the peak.
         beta1: Decay of the mean of gradients.
         beta2: Decay of the mean of squared gradients.
         eps: Added to the root of the mean square.

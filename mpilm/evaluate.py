@@ -36,8 +36,16 @@ def main() -> None:
         alike.require_dataset(world.comm, config.data.path, validation.dataset.fingerprint)
         loss = validation.loss()
         of = f"of {validation.of:,} " if validation.of > validation.tokens else ""
-        say(f"{reader.path}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over "
+        say(f"{reader.path}: validation loss {loss:.4f} nats per token, perplexity {perplexity(loss):.2f}, over "
             f"{validation.tokens:,} {of}tokens")
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss; infinite where a model that went astray is beyond all numbers."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--data.path", dest="data", default="",
                         help="dataset whose tokenizer is used; default: the one it was trained on")
     parser.add_argument("--prompt", default="import ", help="what the text begins with")
-    parser.add_argument("--tokens", type=int, default=200, help="how many to write")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to write at most: a text may end before")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -52,30 +52,34 @@ def sample(model: GPT, data_path: str, prompt: str, *, num_tokens: int, context:
     """
     from tokenizers import Tokenizer
 
-    from mpilm.data._format import TOKENIZER
+    from mpilm.data import tokenizer
+    from mpilm.data._format import TOKENIZER, read_index
 
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError("--prompt: these bytes are no text in UTF-8.") from None
-    tokenizer = Tokenizer.from_file(str(Path(data_path) / TOKENIZER))
-    tokenizer.no_padding()  # as data_prep encodes: nothing added, nothing cut
-    tokenizer.no_truncation()
-    tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
+    words = tokenizer.settle(Tokenizer.from_file(str(Path(data_path) / TOKENIZER)))
+    tokens = words.encode(prompt, add_special_tokens=False).ids
     if not tokens:
         raise UserError("--prompt: give at least one character.")
-    written = continuation(model, tokens, num_tokens=num_tokens, context=context, temperature=temperature, seed=seed)
-    return str(tokenizer.decode(tokens + written))
+    written = continuation(model, tokens, num_tokens=num_tokens, end=read_index(data_path).end_of_text,
+                           context=context, temperature=temperature, seed=seed)
+    return str(words.decode(tokens + written))
 
 
-def continuation(model: GPT, prompt: list[int], *, num_tokens: int, context: int, temperature: float,
+def continuation(model: GPT, prompt: list[int], *, num_tokens: int, end: int, context: int, temperature: float,
                  seed: int) -> list[int]:
-    """`num_tokens` tokens that follow `prompt`, drawn one by one.
+    """The tokens that follow `prompt`, drawn one by one: `num_tokens`, or fewer where the text ends.
 
     Args:
         prompt: At least one token.
+        end: The token that ends a text; it is not among those that are returned.
         context: The model sees so many of the last tokens.
         temperature: 0 takes the most likely token; 1 draws from the model's distribution.
+
+    Raises:
+        UserError: The model is broken.
     """
     import numpy as np
     import torch
@@ -85,7 +89,10 @@ def continuation(model: GPT, prompt: list[int], *, num_tokens: int, context: int
     with torch.no_grad(), _uncompiled():
         for _ in range(num_tokens):
             logits = model(torch.tensor([tokens[-context:]]))[0, -1].double()
-            tokens.append(_pick(logits.numpy(), temperature, draw))
+            token = _pick(logits.numpy(), temperature, draw)
+            if token == end:
+                break
+            tokens.append(token)
     return tokens[len(prompt):]
 
 
@@ -99,10 +106,13 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 def _pick(logits: np.ndarray, temperature: float, draw: np.random.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
     import numpy as np
 
+    if not np.isfinite(logits).all():
+        raise UserError("The model answers with numbers that are not finite: its training went astray. Give an earlier "
+                        "checkpoint of it.")
+    if temperature == 0:
+        return int(logits.argmax())
     weights = np.exp((logits - logits.max()) / temperature)
     return int(draw.choice(len(weights), p=weights / weights.sum()))
 

@@ -43,8 +43,8 @@ def _cosine(optim: Optim, step: int, steps: int) -> float:
 
 
 def _wsd(optim: Optim, step: int, steps: int) -> float:
-    decay_steps = max(1, round(optim.decay_fraction * steps))
-    progress = min(1.0, max(0, step - (steps - decay_steps)) / decay_steps)
+    begin = max(optim.warmup_steps, steps - max(1, round(optim.decay_fraction * steps)))
+    progress = min(1.0, max(0, step - begin) / max(1, steps - begin))
     return 1 - (1 - optim.min_lr) * progress
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from mpilm import assemble, resume
 from mpilm.asked import Asked
-from mpilm.comm import p2p
+from mpilm.comm import network, p2p
 from mpilm.config import Config
 from mpilm.failure import GRACE_S, EndError, agree, as_mistake
 from mpilm.heartbeat import PATIENT, Pulse
@@ -222,6 +222,7 @@ class Run:
             f"{counted(self.world.size, 'rank')} left.")
         if program is not None:
             program.abandon()
+        network.line().drop()
         if self.prepared:
             rescue(program if self.training else None, self.world, self.config)
         self.past = self._remember(program)

@@ -51,10 +51,14 @@ class Saver:
         self.save_s = reader.write_s if reader else 0.0
         writer.reserve(self._mine())
 
-    def after_step(self, state: TrainState, *, last: bool) -> None:
-        """Save if it is time to; otherwise see how an earlier save is getting on."""
+    def after_step(self, state: TrainState, *, last: bool, sound: bool) -> None:
+        """Save if it is time to; otherwise see how an earlier save is getting on.
+
+        Args:
+            sound: The last update was made. What may be broken takes no place that a checkpoint from before has.
+        """
         self.poll()
-        if (last or self.interval.due(state.step)) and state.step != self.saved:
+        if (last or (sound and self.interval.due(state.step))) and state.step != self.saved:
             self._note(self.writer.save(state.step, self._mine(), describe(state, self.about)))
             self.saved = state.step
             self.interval.saved(state.step)
@@ -94,7 +98,7 @@ class Elsewhere:
     path: Path | None = None
     save_s = 0.0
 
-    def after_step(self, state: TrainState, *, last: bool) -> None:
+    def after_step(self, state: TrainState, *, last: bool, sound: bool) -> None:
         """Nothing."""
 
     def wait(self) -> None:

@@ -69,9 +69,8 @@ class Serving:
         self.where.enter("serving")
         self.server.serve(self.update)
         clocks = self.server.clocks
-        self.state.step = clocks.slowest
-        self.state.applied, self.state.skipped = self.update.applied, self.update.skipped
-        heed_skips(self.config, max(clocks.done), self.update, self.server.grad_norm)
+        self.state = TrainState.after(clocks.slowest, self.update)
+        heed_skips(self.config, max(clocks.done), self.update, self.server.grad_norm, workers=self.server.roles.workers)
 
     def _after_step(self) -> None:
         clocks = self.server.clocks
@@ -80,7 +79,8 @@ class Serving:
             self.where.enter("saving")
             self.stop.save_s = self.saver.save_s
             self.reason = self.stop.after_step(last=clocks.over)
-            self.saver.after_step(self.state, last=clocks.over or self.reason is not None)
+            self.saver.after_step(self.state, last=clocks.over or self.reason is not None,
+                                  sound=not self.update.skipped_in_a_row)
         else:
             self.saver.poll()
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpilm.checkpoint import Piece, Reader
+from mpilm.flat import Update
 from mpilm.log import say
 from mpilm.model import init
 from mpilm.model.slices import Part, Slices
@@ -25,11 +26,22 @@ Read = Callable[[str, str, int, int], np.ndarray]
 
 @dataclass
 class TrainState:
-    """Everything besides tensors that changes from step to step."""
+    """Everything besides tensors that changes from step to step; counts are those of an update."""
 
     step: int = 0
     applied: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    @classmethod
+    def after(cls, step: int, update: Update) -> TrainState:
+        """So many steps with this update."""
+        return cls(step, update.applied, update.skipped, update.skipped_in_a_row)
+
+    def resume(self, update: Update) -> None:
+        """Have the update go on from here."""
+        update.applied, update.skipped = self.applied, self.skipped
+        update.skipped_in_a_row = self.skipped_in_a_row
 
 
 class Owed(NamedTuple):
@@ -80,12 +92,12 @@ def _part(reader: Reader, tensor: str, part: Part, *, missing: bool) -> np.ndarr
 
 def initial(slices: Slices, seed: int) -> Read:
     """Draws initial weights by tensor name; optimizer state is zero."""
-    layers = slices.shape.layers
+    layers, tied = slices.shape.layers, slices.shape.tied_embeddings
 
     def read(state: str, parameter: str, first: int, count: int) -> np.ndarray:
         if state != MODEL:
             return np.zeros(count, np.float32)
-        return np.concatenate([part.cut(init.draw(part.tensor, part.shape, seed=seed, layers=layers).numpy())
+        return np.concatenate([part.cut(init.draw(part.tensor, part.shape, seed=seed, layers=layers, tied=tied).numpy())
                                for _, part in slices.runs(parameter, first, count)])
     return read
 

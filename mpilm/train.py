@@ -13,7 +13,7 @@ from mpilm.asked import Asked
 from mpilm.config import Config
 from mpilm.launch import World
 from mpilm.lock import Claim
-from mpilm.log import UserError, say
+from mpilm.log import UserError, say, warn
 
 if TYPE_CHECKING:
     from mpilm.server import Serving
@@ -109,9 +109,12 @@ def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
     if parameters(reader) > SAMPLED:
         say(f"\npython -m mpilm.generate {config.run.dir} has it write")
     elif world.rank == 0:
-        text = generate.sample(trained.model(reader), config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
-                               context=config.data.sequence_length, temperature=0.7, seed=config.run.seed)
-        say(f"\nthe model writes:\n{text}")
+        try:
+            text = generate.sample(trained.model(reader), config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
+                                   context=config.data.sequence_length, temperature=0.7, seed=config.run.seed)
+            say(f"\nthe model writes:\n{text}")
+        except UserError as error:
+            warn(str(error))
     world.comm.Barrier()
 
 

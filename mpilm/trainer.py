@@ -21,6 +21,7 @@ from mpilm.heartbeat import Heart, Where
 from mpilm.log import UserError, say
 from mpilm.metrics import Metrics
 from mpilm.optim import Update
+from mpilm.parallel import layout
 from mpilm.parallel.losses import Losses, SlotLosses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.saver import Elsewhere, Saver
@@ -96,7 +97,7 @@ class Trainer:
         if self.meets(self.state.step):
             self.stop.save_s = self.saver.save_s
             self.reason = self.stop.after_step(last=last)
-        self.saver.after_step(self.state, last=last or self.reason is not None)
+        self.saver.after_step(self.state, last=last or self.reason is not None, sound=not self.update.skipped_in_a_row)
         return self.reason
 
     def abandon(self) -> None:
@@ -121,7 +122,7 @@ class Trainer:
         self._divide()
         self.state = self.settled()
         self.where.step = self.state.step   # what comes between steps belongs to the one that is done
-        heed_skips(self.config, self.state.step, self.update, self.sync.grad_norm)
+        heed_skips(self.config, self.state.step, self.update, self.sync.grad_norm, workers=self.mesh.replicas.size)
         return self.loss
 
     def _divide(self) -> None:
@@ -144,7 +145,7 @@ class Trainer:
         step = self.first + self.commit.steps
         if step == self.state.step:
             return self.state
-        return TrainState(step, self.update.applied, self.update.skipped)
+        return TrainState.after(step, self.update)
 
     def _tell(self, window: Window) -> None:
         step = self.state.step
@@ -191,21 +192,25 @@ def due(config: Config, step: int) -> bool:
     return validates(config, step) or step in (1, config.run.steps) or step % config.log.every == 0
 
 
-def heed_skips(config: Config, step: int, update: Update, grad_norm: float) -> None:
+def heed_skips(config: Config, step: int, update: Update, grad_norm: float, *, workers: int) -> None:
     """Say that the last update was left out, if it was.
 
+    Args:
+        workers: Who each make an update in every step, where they do not wait for each other.
+
     Raises:
-        UserError: `run.max_skipped` were, one after the other.
+        UserError: Those of `run.max_skipped` steps were, one after the other.
     """
     if not update.skipped_in_a_row:
         return
     say(f"step {step}: the gradient norm is {grad_norm}; step skipped ({update.skipped_in_a_row} in a row, "
         f"{update.skipped} in all)")
-    limit, optim = config.run.max_skipped, config.optim
+    limit, optim = config.run.max_skipped * (workers if layout.staleness(config) else 1), config.optim
     if update.skipped_in_a_row >= limit:
         raise UserError(f"Step {step}: the gradient norm was NaN or infinite {limit} times in a row. Lower --optim.lr "
                         f"{optim.lr}, raise --optim.warmup_steps {optim.warmup_steps}, or look at the data of these "
-                        "steps; checkpoints from before are intact.")
+                        "steps. Nothing was saved meanwhile. If the same command fails again, what the newest "
+                        "checkpoint has was lost before: give an older one to --run.resume, and another --run.dir.")
 
 
 class Window:

@@ -30,7 +30,7 @@ def kept(part, work):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        part(tokens, tokens if part.last else None, None, hidden)
+        part(tokens, tokens if part.last else None, tokens if work.documents else None, hidden)
     return sum(storage.nbytes() for storage in found.values())
 
 

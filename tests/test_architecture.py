@@ -21,7 +21,7 @@ FLOORS = {
     4: {"trainer", "server", "assemble", "hybrid", "sequential", "recovery", "resume", "origin", "saver", "validation",
         "stop", "heartbeat", "vigil", "interval", "alike", "arithmetic", "metrics", "room", "connect", "device",
         "trained"},
-    5: {"train", "evaluate", "generate", "inspect", "plan", "bench"},
+    5: {"train", "evaluate", "generate", "export", "inspect", "plan", "bench"},
 }
 FORBIDDEN = {
     "comm": {"torch"},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 
 import pytest
+import torch
 from mpi4py import MPI
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mpilm import assemble, evaluate, generate, validation
+from mpilm.data import _format
 from mpilm.log import UserError
 from mpilm.model.gpt import GPT
 from mpilm.parallel import pipeline
@@ -91,11 +94,40 @@ def test_a_prompt_has_the_tokens_of_the_text_that_was_learned(tmp_path, monkeypa
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.enable_padding(length=8)
     tokenizer.enable_truncation(2)
+    tokenizer.add_special_tokens(["<eos>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    index = _format.Index(5, 4, "0" * 64, {"train": [], "validation": []})
+    (tmp_path / "index.json").write_bytes(index.to_bytes())
     seen = []
     monkeypatch.setattr(generate, "continuation", lambda model, tokens, **options: seen.append(tokens) or [])
     options = {"num_tokens": 1, "context": 8, "temperature": 0, "seed": 0}
     assert generate.sample(None, str(tmp_path), "a b b a", **options) == "a b b a"
-    assert seen == [[1, 2, 2, 1]]
+    generate.sample(None, str(tmp_path), "a <eos>", **options)
+    assert seen == [[1, 2, 2, 1], [1, 3, 3, 3]]     # text that spells the end of a text is text, as data_prep has it
     with pytest.raises(UserError, match="no text in UTF-8"):
         generate.sample(None, str(tmp_path), "\udcff", **options)
+
+
+def test_a_text_ends_where_the_model_ends_it():
+    """What follows would be another text, and the two would be read as one."""
+    def model(tokens):
+        return torch.nn.functional.one_hot(tokens + 1, 8).float()
+
+    options = {"num_tokens": 9, "context": 4, "temperature": 0, "seed": 0}
+    assert generate.continuation(model, [1, 2], end=6, **options) == [3, 4, 5]
+    assert generate.continuation(model, [1, 2], end=6, **options | {"num_tokens": 2}) == [3, 4]
+
+
+def test_a_model_that_went_astray_writes_nothing():
+    """Of whatever temperature."""
+    def model(tokens):
+        return torch.full((*tokens.shape, 8), math.nan)
+
+    for temperature in (0, 1):
+        with pytest.raises(UserError, match="its training went astray"):
+            generate.continuation(model, [1], num_tokens=1, end=0, context=4, temperature=temperature, seed=0)
+
+
+def test_a_loss_beyond_all_numbers_has_a_perplexity():
+    assert evaluate.perplexity(0.0) == 1
+    assert evaluate.perplexity(5e6) == math.inf

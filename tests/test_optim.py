@@ -122,3 +122,11 @@ def test_warmup_stable_decay():
     assert [learning_rate(config, step, 100) for step in (10, 50, 80)] == [1.0, 1.0, 1.0]
     assert learning_rate(config, 90, 100) == pytest.approx(0.5)
     assert learning_rate(config, 100, 100) == 0.0
+
+
+def test_a_warmup_that_reaches_into_the_decay():
+    """The decay then begins at its end: no learning rate is more than what was warmed up to, and none falls at once."""
+    config = Optim(lr=1.0, schedule="wsd", warmup_steps=8, decay_fraction=0.5, min_lr=0.0)
+    rates = [learning_rate(config, step, 10) for step in range(11)]
+    assert rates[:8] == [pytest.approx((step + 1) / 8) for step in range(8)]
+    assert rates[8:] == [1.0, 0.5, 0.0]

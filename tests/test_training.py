@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from mpilm import assemble, connect, sync
+from mpilm import assemble, connect, sync, trainer
 from mpilm.arithmetic import Arithmetic
 from mpilm.comm import collectives
 from mpilm.comm.transport import ON_HOST
 from mpilm.comm.worker import Inline
+from mpilm.config import Config, Run, Sync
 from mpilm.data.loader import Batch
 from mpilm.launch import session
 from mpilm.log import UserError
 from mpilm.model.gpt import GPT
-from mpilm.optim import learning_rate
+from mpilm.optim import Update, learning_rate
 from tests.helpers import everywhere
 from tests.training_cases import LENGTH, SEQUENCES, STEPS, VOCAB, build, configuration, parallel, windows
 
@@ -140,3 +143,16 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(comm):
             if poison:
                 poison.remove()
         world.comm.Barrier()
+
+
+@pytest.mark.serial
+def test_who_makes_an_update_for_each_worker_counts_steps():
+    """`run.max_skipped` is a number of steps, also where each of them is an update of every worker."""
+    config = Config(sync=Sync(kind="parameter_server", staleness="inf"), run=Run(max_skipped=4, reproducible=False))
+    update = Update(config.optim, steps=9)
+    for _ in range(11):
+        update.accept(math.nan)
+        trainer.heed_skips(config, 1, update, math.nan, workers=3)
+    update.accept(math.nan)
+    with pytest.raises(UserError, match="12 times in a row"):
+        trainer.heed_skips(config, 1, update, math.nan, workers=3)

@@ -145,6 +145,22 @@ def test_a_job_that_cannot_work_says_why_and_ends(run_mpi, data, tmp_path):
     assert said.count("3 times in a row") == 1 and "Traceback" not in said, said
 
 
+@pytest.mark.ranks(max=1)
+def test_what_diverged_takes_no_place_of_a_checkpoint_from_before(data, tmp_path):
+    """Who lowers the learning rate goes on from there. A run that ends astray says so, and that is not our bug."""
+    run, going = tmp_path / "run", {"run.steps": 4, "checkpoint.every": 1, "checkpoint.keep_last": 2}
+    train_here(data, run, **going)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    with pytest.raises(UserError, match="Nothing was saved meanwhile"):
+        train_here(data, run, **going | {"run.steps": 30, "optim.lr": 1e30, "optim.warmup_steps": 0,
+                                         "run.max_skipped": 4})
+    after = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert before[-1] in after and len(after) == 2 and int(after[-1][-8:]) == 5, (before, after)
+    train_here(data, tmp_path / "astray", **{"run.steps": 3, "optim.lr": 1e38, "optim.weight_decay": 1.0,
+                                             "optim.warmup_steps": 0})
+    assert "its training went astray" in (tmp_path / "astray" / "log.txt").read_text()
+
+
 @pytest.mark.serial
 def test_a_second_job_is_kept_out_of_a_run_directory(data, tmp_path, monkeypatch):
     """Two jobs would write the same checkpoints over each other's."""

@@ -21,7 +21,7 @@ from mpilm.launch import World
 from mpilm.model import count, precision
 
 Emit = Callable[[str, str, float, str], None]
-DATA_SHEET_TFLOPS = 989.0   # H100 and H200, bf16, dense
+DATA_SHEET_TFLOPS = {"H100": 989.0, "H200": 989.0}    # bf16, dense
 WARMUP = 3
 
 
@@ -62,6 +62,7 @@ def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: in
     config = _config(work, world.size, reproducible=False)
     shape = assemble.shape_of(config, work.case.vocab_size)
     decision, peak = arithmetic.decide(config, world, shape, {}, transport.device)
+    peak = world.comm.allreduce(peak)
     contenders = {"mpilm": _ours_step(world, transport, work, decision)}
     if reproducible:
         contenders["mpilm-reproducible"] = _ours_step(world, transport, work, replace(decision, reproducible=True))
@@ -75,23 +76,33 @@ def run(world: World, emit: Emit, transport: Transport, name: str, *, rounds: in
         for _ in range(WARMUP):
             step()
     seconds: dict[str, list[float]] = {who: [] for who in contenders}
-    for _ in range(rounds):
-        for who, step in contenders.items():
-            seconds[who].append(_timed(world.comm, step, steps, transport))
-    _tell(emit, work.case, count.flops_per_token(shape, work.case.sequence_length), peak,
+    names = list(contenders)
+    for turn in range(rounds):
+        for who in (names[(place + turn) % len(names)] for place in range(len(names))):
+            seconds[who].append(_timed(world.comm, contenders[who], steps, transport))
+    peaks = {"the measured peak": peak} | _data_sheet(world, transport)
+    _tell(emit, work.case, count.flops_per_token(shape, work.case.sequence_length), peaks,
           {who: median(seen) for who, seen in seconds.items()})
 
 
-def _tell(emit: Emit, case: Case, flops: int, peak: float, seconds: dict[str, float]) -> None:
-    """Tokens/s of all ranks, and what share of the limit that is: `peak` FLOP/s, and the data sheet's."""
-    emit(case.name, "matmul peak", peak / 1e12, "TFLOP/s")
+def _data_sheet(world: World, transport: Transport) -> dict[str, float]:
+    """FLOP/s of all GPUs of the run by the data sheet, if it is known. Collective over the world."""
+    device = transport.device
+    gpus = len(set(world.comm.allgather((world.host, device.uuid))))
+    known = [tflops for name, tflops in DATA_SHEET_TFLOPS.items() if name in device.title]
+    return {f"{gpus * known[0]:.0f} TFLOP/s": gpus * known[0] * 1e12} if known else {}
+
+
+def _tell(emit: Emit, case: Case, flops: int, peaks: dict[str, float], seconds: dict[str, float]) -> None:
+    """Tokens/s of all ranks, and what share of the limits that is: `peaks`, FLOP/s."""
+    emit(case.name, "matmul peak", peaks["the measured peak"] / 1e12, "TFLOP/s")
     for who, value in seconds.items():
         speed = case.tokens / value
         emit(case.name, who, speed, "tokens/s")
         if who in ANOTHER_MODEL:
             continue
-        emit(case.name, f"{who}, MFU of the measured peak", 100 * speed * flops / peak, "%")
-        emit(case.name, f"{who}, MFU of {DATA_SHEET_TFLOPS:.0f} TFLOP/s", speed * flops / DATA_SHEET_TFLOPS / 1e10, "%")
+        for name, peak in peaks.items():
+            emit(case.name, f"{who}, MFU of {name}", 100 * speed * flops / peak, "%")
 
 
 def _config(work: Work, size: int, *, reproducible: bool, graphs: bool = False) -> Config:

@@ -16,6 +16,8 @@ def train(parser: argparse.ArgumentParser) -> None:
     """Of `bench/train.py`."""
     names = _contenders.names()
     _contest(parser, names, names, "contenders; ratios are to ddp, else to the first peer,")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                        help="of all contenders; auto: the faster one here (default: %(default)s)")
 
 
 def sharded(parser: argparse.ArgumentParser) -> None:

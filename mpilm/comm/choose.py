@@ -106,14 +106,19 @@ def _candidates(
     built: dict[str, Collective] = {}
     reasons = []
     for name in FIXED_ORDER if reproducible else FAST:
+        kind = collectives.get(name)
         if name in without:
             continue
+        if reason := kind.why_not(comm.size):
+            reasons.append(reason)
+            continue
         try:
-            built[name] = collectives.get(name)(comm, node, reproducible=reproducible, transport=transport)
+            built[name] = kind(comm, node, reproducible=reproducible, transport=transport)
         except (UserError, SharedMemoryError) as error:
             reasons.append(str(error))
     if not built:
-        raise UserError(f"No collective sums in a fixed order here: {' '.join(reasons)} Or --run.reproducible false.")
+        raise UserError(f"No collective sums in a fixed order here: {' '.join(reasons)} Start as many replicas as a "
+                        "power of two, or give --run.reproducible false.")
     return built
 
 

@@ -59,6 +59,12 @@ class Line:
         if seconds := self.seconds(nbytes):
             time.sleep(seconds + self.latency_ms / 1e3)
 
+    def drop(self) -> None:
+        """Lose what is under way: it belongs to a world that has ended, for those who wait for it too."""
+        with self._lock:
+            self._under_way.clear()
+            self._free = 0.0
+
     def hand_over(self) -> None:
         """Deliver what has arrived by now, in the order in which it left."""
         if not self._under_way:

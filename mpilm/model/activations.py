@@ -42,6 +42,7 @@ class Work:
         tp: Ranks that share every layer.
         compiled: By torch.compile, which keeps less of the norms.
         recompute: Only the input of each block is kept.
+        documents: Tokens attend within their documents only.
     """
 
     sequences: int
@@ -51,6 +52,7 @@ class Work:
     tp: int = 1
     compiled: bool = False
     recompute: bool = False
+    documents: bool = False
 
     @property
     def tokens(self) -> int:
@@ -71,7 +73,13 @@ def kept(shape: Shape, units: range, work: Work) -> int:
     """What a forward pass of one micro-batch through `units` leaves until its backward pass."""
     ends = (0 not in units) + (shape.units - 1 not in units)      # what came from a stage and went to the next
     blocks = _num_blocks(shape, units) * (work.between(shape) if work.recompute else block(shape, work))
-    return blocks + _head(shape, units, work) + ends * work.between(shape)
+    return blocks + _masks(work) + _head(shape, units, work) + ends * work.between(shape)
+
+
+def _masks(work: Work) -> int:
+    """What PyTorch's own kernel adds to scores, the same for all blocks; others mark tiles and need it no longer."""
+    kept = work.documents and work.cp == 1 and not num_blocks(work.length)
+    return work.sequences * work.length ** 2 * work.element if kept else 0
 
 
 def block(shape: Shape, work: Work) -> int:
@@ -146,12 +154,15 @@ def _through_block(shape: Shape, work: Work) -> int:
 
 
 def _through_head(shape: Shape, work: Work) -> int:
-    """Logits, their exponentials and gradient, of a chunk of rows; or the weight's gradient, scaled."""
+    """Logits, their exponentials and gradient, of a chunk of rows, and what chunks add their part of the weight's
+    gradient to; or that gradient, scaled."""
     mine = shape.vocab_size // work.tp
-    logits = min(work.tokens, max(1, CHUNK // mine)) * mine
+    rows = max(1, CHUNK // mine)
+    logits = min(work.tokens, rows) * mine
+    summed = mine * shape.width * work.wide if work.tokens > rows else 0
     each = 2 * work.element if work.compiled else work.element + 3 * work.wide if work.wide > work.element \
         else 3 * work.wide
-    return max(logits * each, _table(shape, work))
+    return max(logits * each + summed, _table(shape, work))
 
 
 def _num_blocks(shape: Shape, units: range) -> int:

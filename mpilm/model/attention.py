@@ -31,12 +31,12 @@ from mpilm.model.precision import wide
 from mpilm.model.tiling import num_blocks
 
 
-def masks(length: int, documents: Tensor | None, device: torch.device) -> list[Tensor]:
+def masks(length: int, documents: Tensor | None, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """What `attend` adds to the scores: 0 where a token may look, -inf where not.
 
     Returns one float32 tensor a band, to be broadcast over [blocks of queries, kv_heads, B, groups, S, S]: with
-    documents (integers [B, T]) one for every sequence, else the same for all. For PyTorch's kernel: [B, 1, T, T], or
-    nothing where causality says it all.
+    documents (integers [B, T]) one for every sequence, else the same for all. For PyTorch's kernel: [B, 1, T, T] of
+    `dtype`, the queries', which all blocks keep for the backward pass; or nothing where causality says it all.
     """
     blocks = _tiles(length, device)
     order = torch.arange(length, device=device)
@@ -44,7 +44,7 @@ def masks(length: int, documents: Tensor | None, device: torch.device) -> list[T
     if documents is not None:
         visible = visible & (documents[:, :, None] == documents[:, None, :])
     if not blocks:
-        return [] if documents is None else [_additive(visible[:, None])]
+        return [] if documents is None else [_additive(visible[:, None]).to(dtype)]
     tiles = _additive(visible).unflatten(2, (blocks, -1)).unflatten(1, (blocks, -1))        # B, n, S, n, S
     bands = [torch.stack([tiles[:, i, :, i - band] for i in range(band, blocks)]) for band in range(blocks)]
     if documents is None:       # all tiles of a band are alike
@@ -66,7 +66,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> Tensor:
     blocks = _tiles(q.shape[1], q.device)
     if not blocks:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=masks[0].to(q.dtype) if masks else None, scale=1.0,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=masks[0] if masks else None, scale=1.0,
                                            is_causal=not masks, enable_gqa=q.shape[1] != k.shape[1])
         return y.transpose(1, 2)
     kv_heads = k.shape[2]

@@ -34,9 +34,10 @@ class Whole:
         """Where my tokens stand in a sequence of `length` tokens: [length / size] int64."""
         return torch.arange(length, device=device)
 
-    def masks(self, length: int, documents: Tensor | None, device: torch.device) -> list[Tensor]:
-        """What `attend` must know of `documents` [B, T], integers, of a sequence of `length` tokens."""
-        return attention.masks(length, documents, device)
+    def masks(self, length: int, documents: Tensor | None, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """What `attend` must know of `documents` [B, T], integers, of a sequence of `length` tokens; queries are of
+        `dtype`."""
+        return attention.masks(length, documents, device, dtype)
 
     def compiled(self) -> None:
         """Compiled code is going to call `attend`."""

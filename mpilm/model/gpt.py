@@ -119,12 +119,13 @@ class GPT(nn.Module):
 
     def places(self, inputs: Tensor, documents: Tensor | None) -> Places:
         """Where my tokens of `inputs` [B, T] stand. Without documents it is the same in every step, and kept."""
-        length, context = inputs.shape[1], self.context
+        length, device, context = inputs.shape[1], inputs.device, self.context
+        dtype = next(self.parameters()).dtype
         if documents is not None:
-            return Places.of(length, documents, self.shape, inputs.device, context)
+            return Places.of(length, documents, self.shape, device, dtype, context)
         kept = self._places
-        if kept is None or kept.rotary.shape[1] * context.size != length or kept.rotary.device != inputs.device:
-            kept = self._places = Places.of(length, None, self.shape, inputs.device, context)
+        if kept is None or kept.rotary.shape[1] * context.size != length or kept.rotary.device != device:
+            kept = self._places = Places.of(length, None, self.shape, device, dtype, context)
         return kept
 
     def expect(self, divisor: int) -> None:
@@ -171,6 +172,7 @@ class GPT(nn.Module):
         """Draw every tensor by its name (`init.draw`), and keep what is mine of it."""
         slices = Slices(self.shape, self.split.rank, self.split.size)
         for name, parameter in self.named_parameters():
-            drawn = [part.cut(init.draw(part.tensor, part.shape, seed=seed, layers=self.shape.layers))
+            drawn = [part.cut(init.draw(part.tensor, part.shape, seed=seed, layers=self.shape.layers,
+                                        tied=self.shape.tied_embeddings))
                      for part in slices.parts(name)]
             parameter.copy_(torch.cat(drawn).view(parameter.shape))

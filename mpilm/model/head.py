@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpilm.model.precision import wide
 from mpilm.model.softmax import Softmax
 from mpilm.model.split import ALONE, Alone
 
@@ -48,22 +49,25 @@ class Head(nn.Linear):
         if self.training and torch.is_grad_enabled():
             loss: Tensor = _Loss.apply(x, self.weight, targets, self.softmax, self.divisor)
             return loss
-        parts = [self.softmax.surprise(F.linear(rows, self.weight), goals)
-                 for rows, goals in _chunks(x, targets, self.out_features)]
-        return torch.stack(parts).sum() / len(x)
+        with torch.no_grad():   # though whoever evaluates records a graph, to run the very code that training compiled
+            parts = [self.softmax.surprise(F.linear(rows, self.weight), goals)
+                     for rows, goals in _chunks(x, targets, self.out_features)]
+            return torch.stack(parts).sum() / len(x)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softmax: Softmax, divisor: int) -> Tensor:
-        dx, dweight, losses = [], None, []
+        dx, losses = [], []
+        dweight: Any = None
         for rows, goals in _chunks(x, targets, len(weight)):
             surprises, gradient = softmax.gradient(rows @ weight.t(), goals, len(x) * divisor)
             losses.append(surprises.sum())
             dx.append(gradient @ weight)
-            dweight = gradient.t() @ rows if dweight is None else dweight.addmm_(gradient.t(), rows)
+            part = gradient.t() @ rows
+            dweight = part if dweight is None else wide(dweight).add_(part)     # rounded once, not in every chunk
         ctx.divisor = divisor
-        ctx.save_for_backward(torch.cat(dx) if len(dx) > 1 else dx[0], dweight)
+        ctx.save_for_backward(torch.cat(dx) if len(dx) > 1 else dx[0], dweight.to(weight.dtype))
         return torch.stack(losses).sum() / len(x)
 
     @staticmethod

@@ -31,11 +31,12 @@ class Places(NamedTuple):
     masks: list[Tensor]
 
     @classmethod
-    def of(cls, length: int, documents: Tensor | None, shape: Shape, device: torch.device,
+    def of(cls, length: int, documents: Tensor | None, shape: Shape, device: torch.device, dtype: torch.dtype,
            context: Whole = WHOLE) -> Places:
-        """Places of a rank's tokens of a sequence of `length`; `documents` [B, length] or None."""
-        positions = context.positions(length, device)
-        return cls(rotary(positions, shape.head_width, shape.rope_theta), context.masks(length, documents, device))
+        """Places of a rank's tokens of a sequence of `length`; `documents` [B, length] or None; activations of `dtype`.
+        """
+        turns = rotary(context.positions(length, device), shape.head_width, shape.rope_theta)
+        return cls(turns, context.masks(length, documents, device, dtype))
 
 
 def rotary(positions: Tensor, head_width: int, theta: float) -> Tensor:

@@ -68,7 +68,7 @@ class Ring(Whole):
         """As Whole; in the order of my tokens."""
         return self.share(torch.arange(length, device=device)[None])[0]
 
-    def masks(self, length: int, documents: Tensor | None, device: torch.device) -> list[Tensor]:
+    def masks(self, length: int, documents: Tensor | None, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """The documents of every rank's tokens, [size, B, T / size]: each rank knows them all, so they do not travel.
         """
         if documents is None:

@@ -56,7 +56,7 @@ def stages(config: Config, shape: Shape, ranks: int, *, element: int = BF16, com
     """
     parallel, data = config.parallel, config.data
     work = Work(data.micro_batch_size, data.sequence_length, element, parallel.cp, parallel.tp, compiled,
-                parallel.recompute)
+                parallel.recompute, data.mask_documents)
     dealt = layout.stages(config, shape)
     return [_stage(config, shape, work, stage, layout.of_rank(dealt, stage, parallel.pp),
                    _division(config, ranks, stage, work, ranks_per_node or ranks))

@@ -40,7 +40,6 @@ class Softmax(softmax.Softmax):
         gradient[hits] = torch.where(mine, at_hits, gradient[hits])
         return surprises, gradient
 
-    @torch.no_grad()    # though its caller may record a graph, to run the very code that training compiled
     def surprise(self, logits: Tensor, goals: Tensor) -> Tensor:
         """As softmax.Softmax."""
         over, hit = self._everywhere(logits, *self._hits(goals))

@@ -104,9 +104,12 @@ class Apart(Bucket):
         return {**super().arrays(), DRIFT: bridge.array(self.anchor), **velocity}
 
     def load(self, read: Read) -> None:
-        """As Bucket; where there is what this replica left, of as many, that instead of the average."""
+        """As Bucket: the average of the replicas that there were."""
         super().load(read)
         self.anchor.add_(self.masters)
+
+    def load_mine(self, read: Read) -> None:
+        """After `load`: what this replica left, of as many, where there is any, instead of the average."""
         mine = np.zeros(self.layout.count, np.float32)
         self.fill(mine, self._mine(MASTERS), read)
         if mine.any():  # nobody's weights are all zero

@@ -56,7 +56,7 @@ class LocalSgd(Summing[Apart]):
     Args:
         parameters, decayed, collective, stages, compress, num_slots, dtype, reproducible, repeated: As
             Allreduce.
-        update: Also says how many updates have been made so far.
+        update: Also says how many updates have been made so far, before `load` already.
         every, local_after, outer_lr, outer_momentum, fragments, save_replicas: See the top of the file.
 
     Attributes:
@@ -99,6 +99,10 @@ class LocalSgd(Summing[Apart]):
     def _local(self) -> bool:
         """Whether the next update is a local one."""
         return self.update.applied >= self.local_after
+
+    def _together(self) -> bool:
+        """Whether all replicas have the same: not even their optimizers have parted."""
+        return self.update.applied <= self.local_after
 
     def _blocks(self) -> np.ndarray:
         return np.concatenate([np.empty(0), *(arrays.fetch(bucket.squares) for bucket in self.buckets)])
@@ -164,13 +168,15 @@ class LocalSgd(Summing[Apart]):
         """As Synchronizer."""
         for bucket in self.buckets:
             bucket.load(read)
+            if not self._together():
+                bucket.load_mine(read)
         self.travelling = [bucket for bucket in self.buckets if bucket.taken is not None]
 
     def runs(self, part: int, parts: int) -> list[Run]:
         """As Synchronizer; a rank can offer its own share only."""
         assert (part, parts) == (self.comm.rank, self.comm.size), f"share {part} of {parts} is not that of this rank"
         self.worker.wait()
-        together = self.update.applied <= self.local_after  # not even their optimizers have parted
+        together = self._together()
         own = self.save_replicas and not together
         return [run for bucket in self.buckets
                 for run in [*bucket.runs(together=together), *(bucket.own_runs() if own else [])]]

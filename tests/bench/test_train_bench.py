@@ -6,10 +6,12 @@ import signal
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mpilm.bench import _contenders
-from mpilm.bench._contenders import CASES
+from mpilm.bench._contenders import CASES, _llama, mpilm
 from mpilm.bench._jobs import Job, JobError
+from mpilm.model.precision import DTYPES
 from tests.helpers import UNCOMPILED, run_nested
 
 WHO = ["mpilm-reproducible", "ddp"]
@@ -47,6 +49,17 @@ def test_a_contender_that_is_killed_is_an_error():
         for _ in range(2):
             with pytest.raises(JobError, match="single ended"):
                 job.run(steps=1)
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_all_compute_in_the_same_precision(precision):
+    """Who may choose for himself wins where the others' is slow."""
+    case = replace(CASES["tiny"], precision=precision)
+    assert mpilm.configuration(case, reproducible=True, micro_batches=4).run.precision == precision
+    with _llama.autocast(case):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == DTYPES[precision]
 
 
 @pytest.mark.serial

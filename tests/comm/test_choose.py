@@ -55,7 +55,7 @@ def test_shared_gives_way_where_memory_cannot_be_shared(
 @pytest.mark.ranks(min=3, max=3)
 def test_nothing_can_keep_the_order(comm: MPI.Comm) -> None:
     node = Node.build(comm, ways=["/nowhere"])
-    with pytest.raises(UserError, match=r"power of two.*--run\.reproducible false"):
+    with pytest.raises(UserError, match=r"power of two of ranks .* 3 do\. Start .*--run\.reproducible false"):
         choose.build("auto", comm, node, count=1000, reproducible=True)
     node.free()
 
@@ -63,6 +63,6 @@ def test_nothing_can_keep_the_order(comm: MPI.Comm) -> None:
 @pytest.mark.ranks(min=3, max=3)
 def test_tree_over_three_ranks_names_the_alternatives(comm: MPI.Comm) -> None:
     node = Node.build(comm)
-    with pytest.raises(UserError, match=r"power of two of ranks, and there are 3\. Choose .* shared or ring"):
+    with pytest.raises(UserError, match=r"power of two of ranks .* 3 do\. Choose --sync\.collective auto"):
         choose.build("tree", comm, node, count=1000)
     node.free()

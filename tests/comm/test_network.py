@@ -36,6 +36,24 @@ def test_messages_leave_one_after_the_other_and_arrive_a_latency_later():
 
 
 @pytest.mark.serial
+def test_what_a_world_had_under_way_ends_with_it():
+    """MPI would be given a message of a communicator that is gone, by whoever waits in the next world."""
+    now, seen = [0.0], []
+    line = Line(mbit_s=1.0, latency_ms=500.0, clock=lambda: now[0])
+    line.carry(1_250_000, lambda: seen.append("old"))
+    line.drop()
+    line.carry(125_000, lambda: seen.append("new"))
+    now[0] = 100.0
+    line.hand_over()
+    assert seen == ["new"]
+    now[0] = 101.0
+    line.carry(0, lambda: seen.append("late"))
+    now[0] = 101.5001
+    line.hand_over()
+    assert seen == ["new", "late"], "the line was free"
+
+
+@pytest.mark.serial
 def test_without_emulation_messages_go_at_once():
     """They are not even queued."""
     seen = []

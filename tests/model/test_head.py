@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mpilm.model import head
 from mpilm.model.head import Head
 
 ROWS, WIDTH, VOCAB = 24, 16, 40
@@ -57,3 +58,23 @@ def test_a_second_backward_pass_adds_the_same():
     for twice, once in zip(gradients(2, told=2, dtype=torch.float32, passes=2),
                            gradients(2, told=2, dtype=torch.float32), strict=True):
         assert torch.equal(twice, 2 * once)
+
+
+def test_an_evaluation_keeps_no_logits():
+    """Whoever evaluates records a graph: logits in float32 for all rows would be many times what training needs."""
+    head, kept = Head(WIDTH, VOCAB).eval(), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        loss = head.loss(torch.randn(ROWS, WIDTH).requires_grad_(), torch.zeros(ROWS, dtype=torch.int64))
+    assert not kept
+    assert not loss.requires_grad
+
+
+def test_a_gradient_in_chunks_is_rounded_once(monkeypatch):
+    """A long vocabulary is gone through in dozens of them, and bf16 loses a little of every sum."""
+    exact = gradients(1, told=1, dtype=torch.float64)
+    whole = gradients(1, told=1, dtype=torch.bfloat16)
+    monkeypatch.setattr(head, "CHUNK", VOCAB)
+    chunked = gradients(1, told=1, dtype=torch.bfloat16)
+    errors = [(weight.double() - exact[0]).norm() for weight, _ in (whole, chunked)]
+    assert chunked[0].dtype == torch.bfloat16
+    assert errors[1] <= 1.06 * errors[0]

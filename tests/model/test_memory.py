@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,15 @@ def test_a_long_sequence_keeps_no_probabilities():
     work = Work(1, 2 * tiling.LONGEST)
     measured = kept(part_of(range(1, 2), work), work)
     assert measured == pytest.approx(activations.block(SHAPE, work), rel=0.05)
+
+
+@pytest.mark.parametrize("element", [2, 4])
+def test_documents_are_masked_once_for_all_blocks(element):
+    plain, masked = (Work(2, tiling.LONGEST + 64, element, documents=documents) for documents in (False, True))
+    part = part_of(range(1, 3), plain)
+    rotary = part.places(torch.zeros(2, plain.length), None).rotary.nbytes      # documents have their own
+    assert kept(part, masked) - kept(part, plain) - rotary == (activations.kept(SHAPE, range(1, 3), masked)
+                                                               - activations.kept(SHAPE, range(1, 3), plain))
 
 
 @pytest.mark.parametrize("element", [2, 4])

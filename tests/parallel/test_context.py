@@ -57,7 +57,7 @@ def with_gradients(attend, q, k, v, dy):
 
 def by_ring(ring, tensors, documents=None):
     """My tokens of what attention makes, and of the gradients."""
-    masks = ring.masks(tensors[0].shape[1], documents, torch.device("cpu"))
+    masks = ring.masks(tensors[0].shape[1], documents, torch.device("cpu"), torch.float32)
     mine = [ring.share(x).contiguous() for x in tensors]
     return with_gradients(lambda q, k, v: ring.attend(q, k, v, masks), *mine)
 

@@ -52,8 +52,8 @@ def test_any_kind_goes_on_from_a_checkpoint_and_the_other_way_round(kind, comm):
         for ranks in (world, world.alone()):
             config.sync.kind = kind
             other = build(config, ranks)
-            other.sync.load(reading(state))
             other.update.applied = 3
+            other.sync.load(reading(state))
             for name, parameter in other.parameters().items():
                 everywhere(comm, np.array_equal(parameter.detach().flatten().numpy(), state["model", name]), name)
             before = saved(other, ranks.comm)
@@ -63,8 +63,8 @@ def test_any_kind_goes_on_from_a_checkpoint_and_the_other_way_round(kind, comm):
             everywhere(comm, bool(np.isfinite(losses).all()))
             config.sync.kind = "local_sgd"
             again = build(config, ranks)
-            again.sync.load(reading(before))
             again.update.applied = 3
+            again.sync.load(reading(before))
             everywhere(comm, np.array_equal(weights(again), weights_of(before, again)), "back again")
             step(again, 3)
         world.comm.Barrier()
@@ -80,8 +80,8 @@ def test_stopped_at_an_average_without_optimizer_state_it_goes_on_at_the_same_bi
         for number in range(4):
             step(whole, number)
         state = saved(whole, comm)
-        again.sync.load(reading(state))
         again.update.applied = 4
+        again.sync.load(reading(state))
         for number in range(4, 7):
             everywhere(comm, step(again, number) == step(whole, number), f"step {number}")
         everywhere(comm, np.array_equal(weights(again), weights(whole)))
@@ -102,8 +102,8 @@ def test_stopped_anywhere_as_many_replicas_go_on_at_the_same_bits(options, comm)
             states.append(saved(whole, comm))
         for stop in (1, 3, 4, 5):
             again = build(config_of(comm, **options), world, precision="bf16")
-            again.sync.load(reading(states[stop]))
             again.update.applied = stop + 1
+            again.sync.load(reading(states[stop]))
             for number in range(stop + 1, 8):
                 everywhere(comm, step(again, number) == courses[number], f"stopped after {stop + 1}, step {number}")
             everywhere(comm, np.array_equal(weights(again), weights(whole)), f"stopped after {stop + 1}")
@@ -134,6 +134,28 @@ def test_files_bring_back_what_was_on_its_way(comm, tmp_path_all):
             near = np.allclose([loss for loss, _ in found], [loss for loss, _ in expected], rtol=0.03)
             everywhere(comm, found == expected if fragments == 3 else near,
                        f"{fragments} fragments: {found} instead of {expected}")
+        world.comm.Barrier()
+
+
+def test_who_is_to_stay_together_longer_comes_together_first(comm, tmp_path_all):
+    """Gradients are summed from there on, of the same weights; and a checkpoint has what all have."""
+    with session() as world:
+        config = config_of(comm, every=9)
+        shape = assemble.shape_of(config, VOCAB)
+        apart = build(config, world)
+        for number in range(3):
+            step(apart, number)
+        save(apart, shape, tmp_path_all, 3)
+        of_first = comm.bcast(weights(apart))
+        everywhere(comm, comm.rank == 0 or not np.array_equal(of_first, weights(apart)), "they have not parted")
+        config.sync.local_after = 6
+        together = build(config, world)
+        assemble.restore(together, shape, config, newest(tmp_path_all, together.mesh.comm))
+        for number in range(3, 6):
+            same_everywhere(comm, weights(together))
+            state = saved(together, comm)
+            everywhere(comm, np.array_equal(weights(together), weights_of(state, together)), f"before step {number}")
+            step(together, number)
         world.comm.Barrier()
 
 

@@ -19,18 +19,20 @@ import pkgutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from mpilm.log import UserError
 
 Step = Callable[[], float]
+Precision = Literal["bf16", "fp32"]
 OURS = "mpilm"
 TUNED = "tuned"  # the malloc settings that ours starts under; set by who starts the process, so no file sees it
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model's shape and the batch of one step over all ranks, in sequences."""
+    """A model's shape and the batch of one step over all ranks, in sequences; `precision`, bf16 or fp32, is everyone's.
+    """
 
     name: str
     layers: int
@@ -40,6 +42,7 @@ class Case:
     vocab_size: int
     sequence_length: int
     global_batch_size: int
+    precision: Precision = "bf16"
 
     @property
     def tokens(self) -> int:

@@ -1,7 +1,8 @@
 """What the peers train and how: transformers' LlamaForCausalLM, AdamW, clipping, as a knowledgeable user would.
 
 Attention is PyTorch's scaled_dot_product_attention; AdamW is the fused one, the fastest that PyTorch offers on a CPU;
-gradients are set to None, not zeroed; forward is under autocast to bf16 unless the peer has its own mixed precision.
+gradients are set to None, not zeroed; in cases of bf16 forward is under autocast to it, unless the peer has its own
+mixed precision.
 The batches are real random tokens, drawn before the clock runs; targets are the inputs shifted by one.
 """
 
@@ -36,14 +37,14 @@ def model(case: Case) -> Any:
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
-def autocast() -> AbstractContextManager[Any]:
-    """Mixed precision as PyTorch's documentation has it."""
+def autocast(case: Case) -> AbstractContextManager[Any]:
+    """Mixed precision as PyTorch's documentation has it, where the case is in bf16."""
     import torch
 
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bf16")
 
 
-def stepper(net: Any, case: Case, place: Place, precision: Callable[[], AbstractContextManager[Any]]) -> Step:
+def stepper(net: Any, case: Case, place: Place, precision: Callable[[Case], AbstractContextManager[Any]]) -> Step:
     """One step of training `net` on this rank's share of the batch."""
     import torch
 
@@ -54,7 +55,7 @@ def stepper(net: Any, case: Case, place: Place, precision: Callable[[], Abstract
     def step() -> float:
         inputs, targets = next(source)
         optimizer.zero_grad(set_to_none=True)
-        with precision():
+        with precision(case):
             loss = net(input_ids=inputs, labels=inputs, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)

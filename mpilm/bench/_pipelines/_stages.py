@@ -48,7 +48,7 @@ class Llama:
 
     def __init__(self, case: Case, place: Place) -> None:
         units = _units(case, place)
-        self.first, self.last = 0 in units, case.layers + 1 in units
+        self.case, self.first, self.last = case, 0 in units, case.layers + 1 in units
         self.module: Any = _LlamaStage(_llama.model(case).requires_grad_(), case.layers, units)
         self.parameters = list(self.module.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=_llama.LEARNING_RATE, fused=True)
@@ -61,7 +61,7 @@ class Llama:
 
     def precision(self) -> AbstractContextManager[Any]:
         """That of the passes."""
-        return _llama.autocast()
+        return _llama.autocast(self.case)
 
     def update(self) -> None:
         """From the gradients to new weights. Collective."""

@@ -29,7 +29,7 @@ def contender(case: Case, place: Place) -> Iterator[Step]:
         else:
             net = _llama.model(case)
             _divide(net, list(net.model.layers), place)
-            yield _llama.stepper(net, case, place, nullcontext)
+            yield _llama.stepper(net, case, place, lambda _: nullcontext())
 
 
 def _divide(net: Any, blocks: list[Any], place: Place) -> None:

@@ -87,7 +87,7 @@ def _stepper(net: Any, case: Case, place: Place, *, alone: bool) -> Step:
         inputs, targets = next(source)
         optimizer.zero_grad(set_to_none=True)
         with loss_parallel():
-            with _llama.autocast():
+            with _llama.autocast(case):
                 logits = net(input_ids=inputs, position_ids=positions).logits
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
             loss.backward()

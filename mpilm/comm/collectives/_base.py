@@ -39,7 +39,7 @@ class Collective(ABC):
 
     @classmethod
     def why_not(cls, ranks: int) -> str | None:
-        """The reason why it cannot sum over so many ranks, and what to do; None where it can."""
+        """The reason why it cannot sum over so many ranks; None where it can."""
         return None
 
     @classmethod
@@ -54,7 +54,9 @@ class Collective(ABC):
         Raises:
             UserError: Reproducible mode needs a fixed order and this collective has none; or see `why_not` and `lacks`.
         """
-        if reason := self.why_not(comm.size) or self.lacks(transport):
+        if reason := self.why_not(comm.size):
+            raise UserError(f"{reason} Choose --sync.collective auto.")
+        if reason := self.lacks(transport):
             raise UserError(reason)
         self.name = type(self).__module__.rpartition(".")[2]
         if reproducible and not self.fixed_order:

@@ -36,8 +36,7 @@ class Tree(Collective):
         """As Collective."""
         if ranks & (ranks - 1) == 0:
             return None
-        return (f"--sync.collective tree needs a power of two of ranks, and there are {ranks}. "
-                f"Choose --sync.collective shared or ring, or start {1 << ranks.bit_length() - 1} ranks.")
+        return f"--sync.collective tree needs a power of two of ranks that sum together, and {ranks} do."
 
     def __init__(self, comm: MPI.Comm, node: Node, *, reproducible: bool = False,
                  transport: Transport = ON_HOST) -> None:
