@@ -52,7 +52,8 @@ def build(
         name, seen = measure(comm, node, count, reproducible=reproducible, without=(*without, *never),
                              transport=transport)
         figures = ", ".join(f"{who} {value:.1f}" for who, value in seen.items())
-        say(f"allreduce: {name} (GB/s over {4 * count / 2**20:.3g} MiB: {figures})")
+        if seen:
+            say(f"allreduce: {name} (GB/s over {4 * count / 2**20:.3g} MiB: {figures})")
     return collectives.get(name)(comm, node, reproducible=reproducible, transport=transport)
 
 
@@ -77,13 +78,17 @@ def measure(
         without: Candidates to leave out.
 
     Returns:
-        The fastest, and the bus bandwidth of each in GB/s (0 with one rank, where there is no bus).
+        The fastest, and the bus bandwidth of each in GB/s; with one rank, where nothing moves, the first that works.
 
     Raises:
         UserError: None works here.
     """
     count = max(1, min(count, transport.device.grain * LONGEST))
     candidates = _candidates(comm, node, reproducible=reproducible, without=without, transport=transport)
+    if comm.size == 1:
+        for candidate in candidates.values():
+            candidate.free()
+        return next(iter(candidates)), {}
     buffers = {name: candidate.allocate(count, np.float32) for name, candidate in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(ROUNDS + 1):
