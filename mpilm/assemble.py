@@ -116,9 +116,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
     state, due = restore(core, shape, config, reader), owed(reader)
     return Trainer(
         config=config, state=state, update=core.update, pipeline=core.pipeline, sync=core.sync,
-        loader=_loader(config, dataset, core.slots),
-        losses=core.losses,
-        validation=_validation(config, core),
+        loader=_loader(config, dataset, core.slots), losses=core.losses, validation=_validation(config, core),
         metrics=_metrics(config, core.mesh.comm, step=state.step - (due is not None)), past=past, owed=due,
         mesh=core.mesh, commit=_commit(world, core.mesh, roles), stop=stop, meets=partial(meets, config),
         where=where, heart=pulse.heart,
