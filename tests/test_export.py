@@ -45,6 +45,7 @@ def test_transformers_opens_it(run, dtype, rtol, tmp_path, monkeypatch):
     assert tokens.tolist() == [list(PROMPT.encode())] or tokenizer.decode(tokens[0]) == PROMPT
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits.float(), ours(tokens), rtol=rtol, atol=rtol)
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1, "who may read one may read all"
     assert theirs.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     assert theirs.config.eos_token_id == tokenizer.eos_token_id == datasets.END_OF_TEXT
 

@@ -51,3 +51,4 @@ def save(directory: Path, shape: Shape, tensors: Mapping[str, Tensor], *, max_le
     (directory / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     save_file({to_hub(name): tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS,
               metadata={"format": "pt"})
+    (directory / WEIGHTS).chmod((directory / CONFIG).stat().st_mode & 0o777)    # the library lets nobody else read it
