@@ -2,8 +2,9 @@
 
     python -m mpilm.export runs/demo --to demo-hf --dtype bf16
 
-DIR then holds config.json, model.safetensors, tokenizer.json and tokenizer_config.json, which transformers, vLLM and
-whatever else reads Llama's checkpoints open by its name. No weight is changed but by rounding to --dtype.
+DIR then holds config.json, model.safetensors, tokenizer.json and tokenizer_config.json, which transformers and whatever
+else reads Llama's checkpoints open by its name. No weight is changed but by rounding to --dtype. The tokenizer makes of
+a text the tokens that the model learned, and adds none, whatever it did for others.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ def write(reader: Reader, data: Path, directory: Path, dtype: str) -> None:
         OSError: The file system refuses.
     """
     import torch
+    from tokenizers import Tokenizer
 
     from mpilm import resume
+    from mpilm.data import tokenizer
     from mpilm.data._format import TOKENIZER, read_index
     from mpilm.model import hub
     from mpilm.model.precision import DTYPES
@@ -71,17 +74,12 @@ def write(reader: Reader, data: Path, directory: Path, dtype: str) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     hub.save(unfinished, shape, tensors, max_length=length, end_of_text=end)
-    shutil.copyfile(data / TOKENIZER, unfinished / TOKENIZER)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _spelling(data / TOKENIZER, end),
+    words = tokenizer.settle(Tokenizer.from_file(str(data / TOKENIZER)))
+    (unfinished / TOKENIZER).write_text(json.dumps({**json.loads(words.to_str()), "post_processor": None}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": words.id_to_token(end),
                 "model_max_length": length, "clean_up_tokenization_spaces": False}
     (unfinished / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     unfinished.rename(directory)
-
-
-def _spelling(tokenizer: Path, token: int) -> str:
-    from tokenizers import Tokenizer
-
-    return str(Tokenizer.from_file(str(tokenizer)).id_to_token(token))
 
 
 if __name__ == "__main__":

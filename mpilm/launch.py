@@ -145,10 +145,10 @@ def command(main: Callable[[], None], *, tune: bool = True) -> None:
     """
     if tune:
         startup.tune_malloc()
-    launcher = placement.launcher(os.environ)
     try:
         main()
     except UserError as error:
+        launcher = placement.launcher(os.environ)
         if launcher and isinstance(error, HostError):   # the others may be waiting in MPI_Init, which need not end
             with session():
                 raise

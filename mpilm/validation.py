@@ -29,6 +29,7 @@ class Validation:
         averaged: The pipeline's parameters are the same on all ranks of `comm` in such a block.
 
     Attributes:
+        dataset: What it is measured on.
         tokens, of: So many that are evaluated, of those that were wanted and are there.
 
     Raises:

@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,11 +21,15 @@ VOCAB_SIZE = 257
 END_OF_TEXT = 256
 
 
-def small(directory: Path, *, validation: ModuleType = textwrap) -> Path:
-    """Write a training split of about 60,000 tokens and a validation split of about 20,000; returns `directory`."""
+def small(directory: Path, *, validation: ModuleType = textwrap, template: Any = None) -> Path:
+    """Write a training split of about 60,000 tokens and a validation split of about 20,000; returns `directory`. The
+    tokenizer has the `template` for others; nothing here is encoded by it."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _bytes_only()
-    tokenizer.save(str(directory / _format.TOKENIZER))
+    others = Tokenizer.from_str(tokenizer.to_str())
+    if template is not None:
+        others.post_processor = template
+    others.save(str(directory / _format.TOKENIZER))
     digest = hashlib.sha256((directory / _format.TOKENIZER).read_bytes()).hexdigest()
     shards = {split: [_write(directory, split, digest, [np.array(tokenizer.encode(inspect.getsource(module)).ids)
                                                         for module in modules])]

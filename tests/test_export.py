@@ -6,23 +6,31 @@ import sys
 
 import pytest
 import torch
+from tokenizers import processors
 
+from data_prep._encoder import Encoder
 from mpilm import export, resume, trained
 from mpilm.checkpoint import Alone
 from mpilm.log import UserError
 from tests import datasets
 from tests.small_jobs import train_here
 
-PROMPT = "def f(x):"
+PROMPT, END = "def f(x):", "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two steps, and its data."""
+    """A run of two steps, and its data, whose tokenizer begins texts with a token that the model never saw there."""
     place = tmp_path_factory.mktemp("export")
-    datasets.small(place / "data")
+    template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[(END, datasets.END_OF_TEXT)])
+    datasets.small(place / "data", template=template)
     train_here(place / "data", place / "run", **{"run.steps": 2, "model.kv_heads": 1})
     return place / "run"
+
+
+def learned(run, text):
+    """The tokens that data_prep makes of a text."""
+    return Encoder((run.parent / "data" / "tokenizer.json").read_bytes(), "").encode([text])[0]
 
 
 def exported(monkeypatch, run, directory, *options):
@@ -42,7 +50,7 @@ def test_transformers_opens_it(run, dtype, rtol, tmp_path, monkeypatch):
     theirs, tokenizer = (auto.from_pretrained(tmp_path / "hf") for auto in (AutoModelForCausalLM, AutoTokenizer))
     ours = trained.model(resume.open_run(str(run), Alone())).eval()
     tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
-    assert tokens.tolist() == [list(PROMPT.encode())] or tokenizer.decode(tokens[0]) == PROMPT
+    assert tokens.tolist() == [learned(run, PROMPT)] and tokenizer.decode(tokens[0]) == PROMPT
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits.float(), ours(tokens), rtol=rtol, atol=rtol)
     assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1, "who may read one may read all"

@@ -73,7 +73,8 @@ def kept(shape: Shape, units: range, work: Work) -> int:
     """What a forward pass of one micro-batch through `units` leaves until its backward pass."""
     ends = (0 not in units) + (shape.units - 1 not in units)      # what came from a stage and went to the next
     blocks = _num_blocks(shape, units) * (work.between(shape) if work.recompute else block(shape, work))
-    return blocks + _masks(work) + _head(shape, units, work) + ends * work.between(shape)
+    masks = _masks(work) if blocks else 0
+    return blocks + masks + _head(shape, units, work) + ends * work.between(shape)
 
 
 def _masks(work: Work) -> int:
