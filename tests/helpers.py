@@ -25,13 +25,12 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYD", "MPI_LOCAL", "MPIR_CVAR_", "PALS_", "OPAL_", "GLIBC_")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-# For programs whose speed says nothing: torch.compile compiles nothing.
-UNCOMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 FOR_NESTED = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_btl": "^ofi",
+    "OMPI_MCA_mpi_yield_when_idle": "1",    # another run of tests may be beside this one
 }
 
 # Open MPI's mpirun keeps its files in a folder named by its process id. One that is killed leaves them, and the next

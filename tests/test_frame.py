@@ -92,7 +92,7 @@ def test_failure_while_others_wait_in_a_collective(tmp_path):
 def test_stuck(comm):
     assert RANK != 1, "left the others alone"
     comm.Barrier()
-""", grace_s=2)
+""", grace_s=1)
     assert result.rc not in (0, None)
     assert "[rank 1]" in result.stderr
     assert "left the others alone" in result.stderr
@@ -117,7 +117,7 @@ def test_import_error_on_one_rank_ends_all(tmp_path):
 
 def test_watchdog_ends_what_nobody_fails(tmp_path):
     result = pytest_on(tmp_path, "def test_a(comm):\n    comm.recv(source=RANK)\n",
-                       options=("-o", "faulthandler_timeout=3"))
+                       options=("-o", "faulthandler_timeout=1"))
     assert result.rc not in (0, None)
     assert "test_inner.py" in result.stderr
 

@@ -15,7 +15,7 @@ from tests import datasets
 from tests.chaos.jobs import Job
 
 pytestmark = pytest.mark.serial
-TIMEOUT_S = 3
+TIMEOUT_S = 2
 
 
 @pytest.fixture(scope="module")

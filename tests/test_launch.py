@@ -21,10 +21,12 @@ serial = pytest.mark.serial
 PROGRAM = """
 import os, signal, sys, threading, time
 from mpilm.launch import agree, command, on_root, session
-from mpilm import placement
+from mpilm import failure, placement
 from mpilm.log import HostError, UserError, say, warn
 
 mode, directory = sys.argv[1:]
+if mode in ("no GPU", "mistake", "interrupt"):
+    failure.GRACE_S = 0.5    # the others never come
 
 def loader():
     raise ValueError("the loader broke")

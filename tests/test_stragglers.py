@@ -23,7 +23,7 @@ def test_a_rank_that_lags_is_named_in_log_and_metrics(comm, tmp_path_all, monkey
         return compute(*arguments)
 
     monkeypatch.setattr(Pipeline, "run", slowed)
-    options = {"run.steps": 30, "run.hang_timeout_s": 2, "log.every": 1, "log.validate_every": 0}
+    options = {"run.steps": 20, "run.hang_timeout_s": 2, "log.every": 1, "log.validate_every": 0}
     data = datasets.for_all(comm, tmp_path_all / "data")
     small_jobs.train_here(data, run, **options | (SERVERS if comm.size == 4 else {}))
     assert f"rank {slow} is a straggler" in (run / "log.txt").read_text()

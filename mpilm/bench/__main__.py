@@ -51,7 +51,8 @@ def main() -> None:
     if name not in STOCK_MALLOC:
         startup.tune_malloc()
     with session(device=DEVICES.get(name, "host")) as world:
-        module = get(name)
+        with startup.loading():
+            module = get(name)
         if name in DEVICES:
             own["device"] = world.device
         table = Table(name, ours=module.OURS)

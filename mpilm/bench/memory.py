@@ -20,8 +20,6 @@ from mpilm.bench._contenders import CASES, Case, Who
 from mpilm.bench._contest import MIB, Emit, on_root_quietly, parse_cases, pinned, shared_cores
 from mpilm.bench._jobs import Job
 from mpilm.bench._rounds import progress
-from mpilm.model.shape import Shape
-from mpilm.parallel import footprint
 
 OURS: tuple[str, ...] = ()
 WARMUP_STEPS = 2
@@ -55,6 +53,10 @@ def run(comm: MPI.Comm, emit: Emit, *, case: str, who: str) -> str:
 
 def predicted(case: Case, who: Who) -> int:
     """Bytes of the rank that needs most."""
+    # With PyTorch, which only rank 0 needs.
+    from mpilm.model.shape import Shape
+    from mpilm.parallel import footprint
+
     shape = Shape(layers=case.layers, width=case.width, heads=case.heads, hidden=case.hidden,
                   vocab_size=case.vocab_size)
     return footprint.largest(_layouts.configuration(case, who.variants), shape, _layouts.size(who)).total

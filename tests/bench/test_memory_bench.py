@@ -9,7 +9,7 @@ import pytest
 from mpilm.bench import _layouts, memory
 from mpilm.bench._contenders import CASES
 from mpilm.log import UserError
-from tests.helpers import UNCOMPILED, run_nested
+from tests.helpers import run_nested
 
 pytestmark = pytest.mark.serial
 WHO = ["dp2-level3-ring"]
@@ -43,7 +43,7 @@ def test_predictions_fall_with_ranks():
 @pytest.mark.slow
 def test_json_has_an_object_a_line():
     result = run_nested(2, ["-m", "mpilm.bench", "memory", "--json", "--case", "tiny", "--who", ",".join(WHO)],
-                        timeout=280, env=UNCOMPILED)
+                        timeout=280)
     assert result.rc == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert {line["bench"] for line in lines} == {"memory"}

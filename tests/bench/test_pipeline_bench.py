@@ -9,18 +9,18 @@ import pytest
 
 from mpilm.bench import _pipelines
 from mpilm.log import UserError
-from tests.helpers import UNCOMPILED, run_nested
+from tests.helpers import run_nested
 
 pytestmark = pytest.mark.serial
-WHO = ["mpilm-zb-eager", "torch-1f1b-ours-eager"]
+WHO = ["mpilm-zb"]     # its peers train in test_peers.py
 ASLEEP = [f"mpilm-{name}" for name in _pipelines.ASLEEP]
 
 
 @pytest.mark.slow
 def test_contenders_take_turns_and_bubbles_are_told():
-    """Ours and torch's; of each stage of ours; and of three stages that sleep."""
+    """Of each stage; and of three stages that sleep."""
     result = run_nested(2, ["-m", "mpilm.bench", "pipeline", "--json", "--case", "tiny", "--who", ",".join(WHO),
-                            "--emulated", "3", "--rounds", "1", "--steps", "1"], timeout=280, env=UNCOMPILED)
+                            "--emulated", "3", "--rounds", "1", "--steps", "1"], timeout=280)
     assert result.rc == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     found = {}
@@ -29,7 +29,7 @@ def test_contenders_take_turns_and_bubbles_are_told():
         found.setdefault(line["case"], {})[line["who"]] = line["value"]
     assert list(found["tiny"]) == WHO, result.stderr
     for stage in (0, 1):
-        assert list(found[f"tiny bubble of stage {stage}"]) == ["mpilm-zb-eager", "formula"]
+        assert list(found[f"tiny bubble of stage {stage}"]) == ["mpilm-zb", "formula"]
     assert found["tiny bubble of stage 1"]["formula"] == 20      # one of five
     assert list(found["tiny emulated on 3 stages: passes"]) == ASLEEP
     bubbles = found["tiny emulated on 3 stages: bubble"]

@@ -8,7 +8,6 @@ from mpilm.bench._contenders import CASES, Place
 from mpilm.bench._servers import mpilm
 from mpilm.bench._serving import Pace
 from mpilm.log import UserError
-from tests.helpers import UNCOMPILED
 
 
 @pytest.mark.serial
@@ -34,10 +33,8 @@ def test_slow_steps_are_one_worker_s_or_anyone_s():
 
 
 @pytest.mark.ranks(min=3, max=3)
-def test_figures_for_all(comm, monkeypatch):
+def test_figures_for_all(comm):
     """Training beside one rank alone, updates beside bare MPI, and the curve over staleness."""
-    for name, value in UNCOMPILED.items():
-        monkeypatch.setenv(name, value)
     found = {}
 
     def emit(case, who, value, unit):

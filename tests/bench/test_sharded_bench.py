@@ -8,7 +8,7 @@ from mpilm.bench import _shardings
 from mpilm.bench._contenders import CASES, Place
 from mpilm.bench._shardings import mpilm
 from mpilm.log import UserError
-from tests.helpers import UNCOMPILED, run_nested
+from tests.helpers import run_nested
 
 WHO = ["mpilm-sharded3-ring"]     # its peers train in test_peers.py
 
@@ -36,7 +36,7 @@ def test_a_name_says_how_memory_is_divided():
 @pytest.mark.slow
 def test_json_has_an_object_a_line():
     result = run_nested(2, ["-m", "mpilm.bench", "sharded", "--json", "--case", "tiny", "--who", ",".join(WHO),
-                            "--rounds", "1", "--steps", "1"], timeout=280, env=UNCOMPILED)
+                            "--rounds", "1", "--steps", "1"], timeout=280)
     assert result.rc == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert {line["bench"] for line in lines} == {"sharded"}

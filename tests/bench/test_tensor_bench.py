@@ -10,7 +10,7 @@ from mpilm.bench import _tensors
 from mpilm.bench._contenders import CASES, Place
 from mpilm.bench._tensors import mpilm
 from mpilm.log import UserError
-from tests.helpers import UNCOMPILED, run_nested
+from tests.helpers import run_nested
 
 pytestmark = pytest.mark.serial
 WHO = ["mpilm-tp"]     # its peers train in test_peers.py
@@ -34,7 +34,7 @@ def test_a_name_says_what_is_shared(name, tp, micro_batch_size):
 @pytest.mark.slow
 def test_json_has_an_object_a_line():
     result = run_nested(2, ["-m", "mpilm.bench", "tensor", "--json", "--case", "tiny", "--who", ",".join(WHO),
-                            "--rounds", "1", "--steps", "1"], timeout=280, env=UNCOMPILED)
+                            "--rounds", "1", "--steps", "1"], timeout=280)
     assert result.rc == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert {line["bench"] for line in lines} == {"tensor"}

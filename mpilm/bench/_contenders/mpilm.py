@@ -22,7 +22,8 @@ def configuration(case: Case, *, reproducible: bool, micro_batches: int) -> Conf
     """The case as `mpilm.train` would be told it."""
     return _ours.configuration(
         case, micro_batches=micro_batches,
-        run=Run(reproducible=reproducible, precision=case.precision, compile="on", threads=0 if reproducible else 1))
+        run=Run(reproducible=reproducible, precision=case.precision, compile=case.compile,
+                threads=0 if reproducible else 1))
 
 
 @contextmanager

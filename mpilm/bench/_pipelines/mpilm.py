@@ -21,7 +21,7 @@ def configuration(case: Case, place: Place) -> Config:
     return _ours.configuration(
         case, micro_batches=place.size if "whole" in place.variants else min(MICRO_BATCHES, case.global_batch_size),
         run=Run(reproducible=False, precision="bf16", threads=len(place.cores),
-                compile="off" if "eager" in place.variants else "on"),
+                compile="off" if "eager" in place.variants else case.compile),
         parallel=Parallel(pp=1 if replicas else place.size, schedule=schedule))
 
 

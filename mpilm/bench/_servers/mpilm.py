@@ -20,7 +20,7 @@ ENDLESS = 2**40     # steps: a server ends after the last one
 def configuration(case: Case, place: Place) -> Config:
     """The case as `mpilm.train` would be told it."""
     run = Run(reproducible=False, precision="fp32" if "fp32" in place.variants else "bf16",
-              compile="on" if case.width >= 64 else "off", threads=len(place.cores), steps=ENDLESS)
+              compile=case.compile, threads=len(place.cores), steps=ENDLESS)
     return _ours.configuration(case, micro_batches=place.size, run=run,
                                sync=Sync(kind="parameter_server" if "server" in place.variants else "allreduce"))
 

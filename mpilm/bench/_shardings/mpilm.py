@@ -17,7 +17,7 @@ def configuration(case: Case, place: Place) -> Config:
     level = next((level for level in (1, 2, 3) if f"sharded{level}" in place.variants), 0)
     return _ours.configuration(
         case, micro_batches=place.size,
-        run=Run(reproducible=False, precision="bf16", compile="on", threads=len(place.cores)),
+        run=Run(reproducible=False, precision="bf16", compile=case.compile, threads=len(place.cores)),
         sync=Sync(kind="sharded" if level else "allreduce", level=level or 1,
                   collective="ring" if "ring" in place.variants else "auto"))
 

@@ -17,7 +17,7 @@ def configuration(case: Case, place: Place) -> Config:
     shared = "tp" in place.variants
     return _ours.configuration(
         case, micro_batches=1 if shared else place.size,
-        run=Run(reproducible=False, precision="bf16", compile="on", threads=len(place.cores)),
+        run=Run(reproducible=False, precision="bf16", compile=case.compile, threads=len(place.cores)),
         parallel=Parallel(tp=place.size if shared else 1))
 
 
