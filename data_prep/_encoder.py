@@ -16,6 +16,7 @@ from mpilm.data._format import MAX_TOKENIZER_BYTES, MAX_VOCAB_SIZE, token_dtype
 from mpilm.log import UserError
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[SEP]")
+NOBODY_KNOWS = "\U0010fffd"    # a character of private use
 HOW_TO_MAKE = "Make one with: python -m data_prep.tokenizer INPUT... --vocab_size 32000 --to tokenizer.json"
 
 
@@ -53,6 +54,7 @@ class Encoder:
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_text = _end_of_text(name, vocabulary, end_of_text)
         self.dtype = token_dtype(self.vocab_size)
+        self._drops = self._leaves_out_what_it_does_not_know()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of every text.
@@ -60,11 +62,33 @@ class Encoder:
         Raises:
             UserError: The tokenizer has none for something in them.
         """
+        encode = self._tokenizer.encode_batch if self._drops else self._tokenizer.encode_batch_fast    # has no offsets
         try:
-            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            found = encode(texts, add_special_tokens=False)
+            if self._drops:
+                for text, encoding in zip(texts, found, strict=True):
+                    _require_covered(text, encoding.offsets)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"--tokenizer {self.name}: it cannot encode this text ({str(error)[:200]}). It needs a "
                             f"token for what it does not know, or bytes as its alphabet. {HOW_TO_MAKE}") from None
+        return [encoding.ids for encoding in found]
+
+    def _leaves_out_what_it_does_not_know(self) -> bool:
+        """BPE without a token for that says nothing; other models raise an error."""
+        from tokenizers.models import BPE
+
+        model = self._tokenizer.model
+        return (isinstance(model, BPE) and model.unk_token is None
+                and not self._tokenizer.encode(NOBODY_KNOWS, add_special_tokens=False).ids)
+
+
+def _require_covered(text: str, offsets: Sequence[tuple[int, int]]) -> None:
+    """Whether every character but white space is in some token."""
+    end = 0
+    for start, stop in [*offsets, (len(text), len(text))]:
+        if missing := text[end:start].strip():
+            raise ValueError(f"it has no token for {missing[:8]!r}")
+        end = max(end, stop)
 
 
 def use_threads(threads: int) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep._sources import Source
-from mpilm.data._files import write_bytes, write_json
-from mpilm.data._format import INDEX, SPLITS, UNFINISHED, read_index
+from mpilm.data._files import file_sha256, write_bytes, write_json
+from mpilm.data._format import INDEX, SPLITS, TOKENIZER, UNFINISHED, read_index
 from mpilm.log import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def start(directory: Path, job: Job, *, token_bytes: int) -> dict[int, Record]:
     """Make the folder for unfinished work, or enter it, and return the records of the units that are done."""
     parts = directory / UNFINISHED
     if not (parts / JOB).exists():
+        _require_room(directory, job)
         discard(directory)
         parts.mkdir(parents=True)
     write_json(parts / JOB, job.to_json())  # lines may be skipped from here on
@@ -86,12 +87,30 @@ def keep(directory: Path) -> None:
 
 
 def discard(directory: Path) -> None:
-    """Remove what only unfinished work needs. Killed in the middle, what is left still names its job."""
+    """Remove what only unfinished work needs. Killed in the middle, what is left still names its job, so what does not
+    is somebody else's."""
     parts = directory / UNFINISHED
-    if parts.exists():
+    if parts.exists() and not _others(parts):
         for path in sorted(parts.iterdir(), key=lambda path: path.name == JOB):
             path.unlink()
         parts.rmdir()
+
+
+def _others(parts: Path) -> list[str]:
+    """Names in a folder for unfinished work that no work is known of."""
+    names = sorted(path.name for path in parts.iterdir())
+    return [] if JOB in names else [name for name in names if name != f"{JOB}.tmp"]
+
+
+def _require_room(directory: Path, job: Job) -> None:
+    """Nothing of somebody else's is where this job's files go."""
+    parts, tokenizer = directory / UNFINISHED, directory / TOKENIZER
+    found = [parts / name for name in (_others(parts) if parts.is_dir() else [])]
+    found += [path for path in (directory / JOB,) if path.exists() and _written(path) != _written_as(job)]
+    found += [tokenizer] if tokenizer.exists() and file_sha256(tokenizer) != job.tokenizer else []
+    if found:
+        raise UserError(f"--to {directory}: {found[0]} is there already and not of this dataset. Name another folder, "
+                        "or move it away.")
 
 
 def _record(path: Path, token_bytes: int) -> Record | None:
@@ -117,16 +136,25 @@ def _require_whole(directory: Path) -> None:
 
 
 def _require_same(directory: Path, path: Path, job: Job, what: str) -> None:
-    try:
-        before = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        before = {}
-    now = json.loads(json.dumps(job.to_json()))
+    before = _written(path)
+    now = _written_as(job)
     # What was encoded so far has no bad lines, so whoever skips them goes on with it.
     if before in (now, {key: value for key, value in now.items() if key != "bad_lines"}):
         return
     raise UserError(f"{what}, made from something else ({_difference(before, now)}). Give another --to, or remove "
                     f"{directory} to encode from the beginning.")
+
+
+def _written(path: Path) -> Any:
+    """A job.json; nothing where it is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _written_as(job: Job) -> Any:
+    return json.loads(json.dumps(job.to_json()))
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

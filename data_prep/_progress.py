@@ -36,7 +36,7 @@ class Progress:
         self._done = min(self._total, self._done + done)  # what is written may be more than what was expected
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
-        elif self._show and time.monotonic() > self._told + LINE_EVERY_S:
+        elif self._show and self._done and time.monotonic() > self._told + LINE_EVERY_S:
             self._told = time.monotonic()
             rate = self._done / (self._told - self._start)
             say(f"{self._what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB "

@@ -13,6 +13,7 @@ of .jsonl may be skipped, counted too.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -26,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from data_prep._cutting import PIECE_BYTES, SEARCH_BYTES, cut_at_or_after, pieces, stream_pieces
 from data_prep._sources import Source
-from data_prep._units import Part
+from data_prep._units import Part, of_a_file
 from mpilm.log import UserError
 
 HEAD_BYTES = 64 << 10
@@ -73,9 +74,12 @@ def read(part: Part, *, field: str = "text", notes: Counter[str], scratch: Path 
                     advance(position - part.start - done)
                     done = position - part.start
             _require_unchanged(source, file)
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError) as error:  # Arrow's errors are among them
+    except Exception as error:
+        if isinstance(error, UserError) or not of_a_file(error):
+            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # what is full is not the input
+            error.filename = str(scratch or tempfile.gettempdir())
+            raise
         raise UserError(f"{source.path}: cannot be read to its end ({str(error)[:200]}). Repair or remove it, and "
                         "encode into another folder: this one belongs to the file as it is.") from None
     advance(part.size - done)
@@ -109,9 +113,10 @@ def _text(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratch: 
     if part.source.packing:
         begins, ends, stretches = True, True, stream_pieces(file, held=head)
     else:
-        begin, end, low, high = (_cut(file, place, size) for place in (part.start, part.stop, *part.document))
+        begin, end = (_cut(file, place, size) for place in (part.start, part.stop))
         file.seek(begin)
-        begins, ends, stretches = begin == low, end == high, stream_pieces(file, end - begin)
+        begins, ends = part.start == part.document[0], part.stop == part.document[1]
+        stretches = stream_pieces(file, end - begin)
     before, key = None, key_of(head.removeprefix(BOM.encode()))
     for stretch in stretches:
         if before is not None:
@@ -146,7 +151,7 @@ def _decode(raw: bytes, begins: bool, notes: Counter[str]) -> str:
 def _jsonl(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratch: Path | None, *,
            skip_bad: bool) -> Iterator[Piece]:
     for position, line in _lines(part, file):
-        if line.isspace():
+        if not line.removeprefix(BOM.encode()).strip():
             continue
         try:
             value = _value(line, field, f"{part.source.path}, at byte {position}", position == 0, notes)
@@ -213,19 +218,22 @@ def _parquet(part: Part, file: BinaryIO, field: str, notes: Counter[str], scratc
                 names = ", ".join(map(repr, table.schema_arrow.names[:8]))
                 raise UserError(f"{part.source.path}: no column {field!r} among {names}. Name the text's column with "
                                 "--field.")
+            _require_text(table.schema_arrow.field(field).type, f"{part.source.path}, column {field!r}")
             groups = list(range(part.start, table.num_row_groups if part.stop < 0 else part.stop))
             for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=[field], use_threads=False):
                 for value in batch.column(0).to_pylist():
-                    yield from _document(_cell(value, f"{part.source.path}, column {field!r}", notes), notes)
+                    yield from _document(_decode(value, True, notes) if isinstance(value, bytes) else value, notes)
 
 
-def _cell(value: Any, where: str, notes: Counter[str]) -> str | None:
-    if isinstance(value, bytes):
-        return _decode(value, True, notes)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: a value of type {type(value).__name__}, not text. Name the text's column with "
-                        "--field.")
-    return value
+def _require_text(kind: Any, where: str) -> None:
+    """Whether values of Arrow's type `kind` are text, or bytes that may be."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(fits(kind) for fits in (types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
+                                       types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary,
+                                       types.is_null)):
+        raise UserError(f"{where}: values of type {kind}, not text. Name the text's column with --field.")
 
 
 def _document(value: str | None, notes: Counter[str]) -> Iterator[Piece]:

@@ -75,7 +75,7 @@ def _expand(given: str, skipped: Counter[str]) -> Iterator[tuple[str, bool]]:
     matches = [given]
     if not os.path.exists(given):
         matches = [path for path in glob.glob(given, recursive=True) if os.path.exists(path)]
-        matches = [path for path in matches if os.path.isdir(path) or not _beside(os.path.basename(path))]
+        matches = [path for path in matches if os.path.isdir(path) or not _beside(os.path.basename(path), skipped)]
     if not matches:
         raise UserError(f"INPUT {given}: no such file or folder, and as a pattern it matches nothing.")
     for match in matches:
@@ -85,9 +85,15 @@ def _expand(given: str, skipped: Counter[str]) -> Iterator[tuple[str, bool]]:
             yield match, True
 
 
-def _beside(name: str) -> bool:
-    """What Spark and Dask leave beside their files: _SUCCESS, _metadata, .part-0.crc."""
-    return name.startswith((".", "_")) and _kind(name)[0] != "text"
+def _beside(name: str, skipped: Counter[str]) -> bool:
+    """What Spark and Dask leave beside their files: _SUCCESS, _metadata, .part-0.crc. Who called a file of data so is
+    told."""
+    kind = _kind(name)[0]
+    if kind == "text" or not name.startswith((".", "_")):
+        return False
+    if kind and name.startswith("_"):
+        skipped[f"_*{os.path.splitext(name)[1]}"] += 1
+    return True
 
 
 def _walk(folder: str, skipped: Counter[str]) -> Iterator[str]:
@@ -103,7 +109,7 @@ def _walk(folder: str, skipped: Counter[str]) -> Iterator[str]:
                          for part in os.path.relpath(where, folder).split(os.sep))
         for name in names:
             path, kind = os.path.join(where, name), _kind(name)[0]
-            if name.startswith(".") or _beside(name) or (unfinished and kind != "text"):
+            if name.startswith(".") or _beside(name, skipped) or (unfinished and kind != "text"):
                 continue
             if kind and not os.path.exists(path):
                 raise UserError(f"{path}: a link to something that is not there. Restore or remove it.")

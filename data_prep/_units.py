@@ -81,18 +81,20 @@ def _numbered(groups: Iterator[list[Part]] | Sequence[list[Part]]) -> list[Unit]
 
 def _grouped(sources: Sequence[Source], unit_bytes: int) -> Iterator[list[Part]]:
     group: list[Part] = []
+    size = 0
     for source in sources:
         ranges = _ranges(source, unit_bytes)
         if len(ranges) > 1:
             if group:
                 yield group
             yield from ([part] for part in ranges)
-            group = []
+            group, size = [], 0
             continue
         group += ranges
-        if sum(part.size for part in group) >= unit_bytes:
+        size += source.size
+        if size >= unit_bytes:
             yield group
-            group = []
+            group, size = [], 0
     if group:
         yield group
 
@@ -126,7 +128,9 @@ def _row_groups(source: Source, unit_bytes: int) -> list[Part]:
         with pq.ParquetFile(source.path) as file:
             about = file.metadata
             sizes = [about.row_group(number).total_byte_size for number in range(about.num_row_groups)]
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not of_a_file(error):
+            raise
         raise UserError(f"{source.path}: not a Parquet file that can be read ({error}). Repair or remove it.") from None
     total = sum(sizes) or 1
     parts: list[Part] = []
@@ -137,6 +141,12 @@ def _row_groups(source: Source, unit_bytes: int) -> list[Part]:
             parts.append(Part(source, start, number + 1, read * source.size // total))
             start, read = number + 1, 0
     return parts or [Part(source, 0, -1, source.size)]
+
+
+def of_a_file(error: Exception) -> bool:
+    """Whether what a file holds may be the reason: Arrow has kinds of errors of its own for that."""
+    return isinstance(error, OSError | EOFError | ValueError | OverflowError) or type(error).__module__.startswith(
+        "pyarrow")
 
 
 def deal(units: Sequence[Unit], size: int) -> list[list[Unit]]:

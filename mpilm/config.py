@@ -283,7 +283,8 @@ class Config:
 
 
 def _toml(value: bool | int | float | str) -> str:
-    """A TOML scalar. JSON's strings, numbers and booleans are TOML's too."""
+    """A TOML scalar. JSON's strings, numbers and booleans are TOML's too, but for what is no text in UTF-8."""
     import json
 
-    return json.dumps(value)
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return text.encode(errors="replace").decode()

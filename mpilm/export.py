@@ -70,16 +70,19 @@ def write(reader: Reader, data: Path, directory: Path, dtype: str) -> None:
     tensors = {name: torch.from_numpy(reader.read(f"model.{name}", 0, prod(size))).view(size).to(DTYPES[dtype])
                for name, size in shape.tensors().items()}
     length = resume.config_of(reader).data.sequence_length
-    unfinished = directory.with_name(directory.name + ".unfinished")
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    hub.save(unfinished, shape, tensors, max_length=length, end_of_text=end)
-    words = tokenizer.settle(Tokenizer.from_file(str(data / TOKENIZER)))
-    (unfinished / TOKENIZER).write_text(json.dumps({**json.loads(words.to_str()), "post_processor": None}))
+    words = tokenizer.settle(Tokenizer.from_buffer((data / TOKENIZER).read_bytes()))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": words.id_to_token(end),
                 "model_max_length": length, "clean_up_tokenization_spaces": False}
-    (unfinished / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    unfinished.rename(directory)
+    try:
+        hub.save(unfinished, shape, tensors, max_length=length, end_of_text=end)
+        (unfinished / TOKENIZER).write_text(json.dumps({**json.loads(words.to_str()), "post_processor": None}))
+        (unfinished / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        unfinished.rename(directory)
+    finally:    # whatever came in between
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 if __name__ == "__main__":

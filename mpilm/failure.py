@@ -29,6 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from mpilm import log
 from mpilm.log import UserError
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ class Guard:
         if any(codes):
             if self.comm.rank == 0:
                 told = [(rank, text) for rank, (_, text) in enumerate(verdicts) if text is not None]
+                log.note(_summary(told, len(verdicts)))
                 _print(_summary(told, len(verdicts)))
                 wait_until_read(STDERR)
             raise SystemExit(max(codes))

@@ -48,7 +48,7 @@ def sample(model: GPT, data_path: str, prompt: str, *, num_tokens: int, context:
     """The prompt and what the model writes after it, by the tokenizer of the dataset at `data_path`.
 
     Raises:
-        UserError: The prompt is empty, or no text.
+        UserError: The prompt is empty, or no text, or the tokenizer has no tokens for it.
     """
     from tokenizers import Tokenizer
 
@@ -59,10 +59,13 @@ def sample(model: GPT, data_path: str, prompt: str, *, num_tokens: int, context:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError("--prompt: these bytes are no text in UTF-8.") from None
-    words = tokenizer.settle(Tokenizer.from_file(str(Path(data_path) / TOKENIZER)))
-    tokens = words.encode(prompt, add_special_tokens=False).ids
+    words = tokenizer.settle(Tokenizer.from_buffer((Path(data_path) / TOKENIZER).read_bytes()))
+    try:
+        tokens = words.encode(prompt, add_special_tokens=False).ids
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"--prompt {prompt!r}: the tokenizer has no token for something in it ({error}).") from None
     if not tokens:
-        raise UserError("--prompt: give at least one character.")
+        raise UserError(f"--prompt {prompt!r}: the tokenizer makes no token of it. Give a text it knows.")
     written = continuation(model, tokens, num_tokens=num_tokens, end=read_index(data_path).end_of_text,
                            context=context, temperature=temperature, seed=seed)
     return str(words.decode(tokens + written))

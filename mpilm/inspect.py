@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpilm.log import UserError, counted
+from mpilm.log import UserError, counted, say
 
 if TYPE_CHECKING:
     from mpilm.checkpoint import Reader
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(about) if options.json else text(about))
+    say(json.dumps(about) if options.json else text(about))
     return 0
 
 

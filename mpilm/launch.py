@@ -241,13 +241,30 @@ def greet(world: World, run_dir: str | Path | None) -> None:
     """With a `run_dir`, have rank 0 write its log there and print the placement table. Collective over the world."""
     if run_dir is None:
         return
-    on_root(world.comm, lambda: _open_log(run_dir))
+    on_root(world.comm, lambda: open_log(run_dir))
     log.say(world.table())
 
 
-def _open_log(run_dir: str | Path) -> None:
-    try:
+def make_directory(run_dir: str | Path) -> None:
+    """Where a run writes. Local.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    with _named(run_dir):
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+
+
+def open_log(run_dir: str | Path) -> None:
+    """Have this rank write log.txt there. Local. Raises as `make_directory`."""
+    with _named(run_dir):
         log.setup(0, run_dir)
+
+
+@contextmanager
+def _named(run_dir: str | Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--run.dir {run_dir}: {error.strerror} ({error.filename}). "
                         "Name a directory that exists or can be made, and that you may write to.") from None

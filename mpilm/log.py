@@ -11,10 +11,12 @@ nothing knows its rank yet; after it ranks above 0 are quiet.
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 _LOGGER = logging.getLogger("mpilm")
 
@@ -30,26 +32,39 @@ class HostError(UserError):
     """A mistake that other ranks, on other hosts, may not have made: a file that is not there, a GPU that is broken."""
 
 
+def put(text: str, stream: TextIO) -> None:
+    """Print a line to stdout or stderr. The program does not end for want of either, nor of a character there."""
+    try:
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:
+        print(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding), file=stream, flush=True)
+    except OSError as error:    # full, or closed as by `| head`
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1 if stream is sys.stdout else 2)
+        os.close(nothing)
+        if stream is sys.stdout:
+            print(f"warning: standard output: {error.strerror}. Nothing more is printed there.", file=sys.stderr)
+
+
 class _Console(logging.Handler):
-    """Prints to what sys.stdout and sys.stderr are at that moment, so that a live progress line can step aside. The
-    program does not end for want of either."""
+    """Prints to what sys.stdout and sys.stderr are at that moment, so that a live progress line can step aside."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        try:
-            print(self.format(record), file=stream, flush=True)
-        except OSError as error:    # full, or closed as by `| head`
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, 1 if stream is sys.stdout else 2)
-            os.close(nothing)
-            if stream is sys.stdout:
-                print(f"warning: standard output: {error.strerror}. Nothing more is printed there.", file=sys.stderr)
+        put(self.format(record), sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
 
 
-class _File(logging.FileHandler):
-    """The program does not end for want of a log: what follows is on the terminal, and the metrics tell it too."""
+class _File(logging.handlers.WatchedFileHandler):
+    """Makes the file anew if somebody has removed it. The program does not end for want of a log: what follows is on
+    the terminal, and the metrics tell it too."""
 
     complained = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As any handler."""
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Say it once."""
@@ -101,6 +116,13 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print `text` to stderr as a warning. Ranks above 0 say nothing."""
     _ready().warning("%s", text)
+
+
+def note(text: str) -> None:
+    """Write to log.txt alone what is told another way."""
+    for handler in _LOGGER.handlers:
+        if isinstance(handler, _File):
+            handler.handle(_LOGGER.makeRecord(_LOGGER.name, logging.INFO, "", 0, text, (), None))
 
 
 def _ready() -> logging.Logger:

@@ -17,7 +17,8 @@ from mpilm.log import UserError
 def names(package: str) -> list[str]:
     """The choices there are: the public files of the folder."""
     path = importlib.import_module(package).__path__
-    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
+    return sorted(module.name for module in pkgutil.iter_modules(path)
+                  if not module.name.startswith("_") and not module.ispkg)
 
 
 def get(package: str, name: str, *, option: str) -> Any:

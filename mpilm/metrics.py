@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -62,7 +63,17 @@ class Metrics:
 
     def _write(self, line: str) -> None:
         with named(self.file.name):
+            if not self._there():
+                self.file.close()
+                self.file = (self.directory / FILE).open("a", buffering=1)
             self.file.write(line)
+
+    def _there(self) -> bool:
+        """Whether the file still has its name; without its folder there is no use in making another."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.directory / FILE))
+        except FileNotFoundError:
+            return not self.directory.is_dir()
 
     def _seconds_left(self, step: int) -> float:
         done = step - self.first_step

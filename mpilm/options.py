@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tomllib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any
 
@@ -22,6 +24,11 @@ LIMITS = {"run.steps": 2**40, "run.seed": 2**63, "run.threads": 1024, "data.sequ
           "optim.warmup_steps": 2**40, "run.time_limit_s": 10**8, "run.stop_before_s": 10**8,
           "run.hang_timeout_s": 10**6, "run.straggler": 10**6, "run.spares": 2**20, "run.max_skipped": 2**40,
           "checkpoint.mtbf_h": 10**6, "checkpoint.keep_last": 2**40, "checkpoint.keep_every": 2**40}
+# Options of `sync` that only one kind takes.
+TAKEN_BY = {"level": "sharded", "servers": "parameter_server", "staleness": "parameter_server",
+            "staleness_rule": "parameter_server", "every": "local_sgd", "local_after": "local_sgd",
+            "fragments": "local_sgd", "outer_lr": "local_sgd", "outer_momentum": "local_sgd",
+            "save_replicas": "local_sgd"}
 # A rank that does not beat for so long may be busy with something else.
 SHORTEST_HANG_S = 1.0
 
@@ -35,7 +42,8 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.tra
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=prog, description=description, parser_mode="toml", exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, parser_mode="toml", exit_on_error=False,
+                            allow_abbrev=False)
     parser.add_argument("--config", action="config", help="TOML file with these sections; options after it win.")
     parser.add_class_arguments(Config, as_group=False)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -46,6 +54,9 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.tra
         config: Config = Config(**vars(parser.instantiate(values)))
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{_readable(error)}\n  {prog} --help lists what is allowed.") from None
+    for section, key in (("run", "dir"), ("run", "resume"), ("data", "path")):
+        values = getattr(config, section)
+        setattr(values, key, os.path.expanduser(getattr(values, key)))     # no shell has seen what is in a file
     check(config)
     return config
 
@@ -80,13 +91,27 @@ def _check_names(name: str, sections: dict[str, Any]) -> None:
 def _readable(error: Exception) -> str:
     """What jsonargparse says, in the words of who typed it."""
     text = " ".join(str(error).split()) or type(error).__name__
-    found = re.search(r'Parser key "([a-z_.]+)": Expected an? (.*?)\. Got value: (.*)', text)
-    return f"--{found[1]} {found[3]}: give {_meaning(found[2])}." if found else text
+    if found := re.search(r'Parser key "([a-z_.]+)": Expected an? (.*?)\. Got value: (.*)', text):
+        return f"--{found[1]} {found[3]}: give {_meaning(found[2])}."
+    if found := re.search(r'Parser key "([a-z_.]+)": Does.*? Subtypes: \[(.*)\] Errors:.*value: (.*)', text):
+        kinds = [_meaning(kind) for kind in re.split(r", (?=<|typing)", found[2])]
+        return f"--{found[1]} {found[3]}: give {', or '.join(kinds)}."
+    if found := re.match(r"unrecognized arguments: --([^ =]+)", text):
+        return text + _alike(found[1])
+    return text
+
+
+def _alike(name: str) -> str:
+    """What may have been meant by an option that there is not."""
+    known = [f"{section}.{key}" for section, values in Config().to_dict().items() for key in values]
+    found = [option for option in known if option.endswith(f".{name}")] or get_close_matches(name, known, n=2)
+    return f". Did you mean --{' or --'.join(found)}?" if found else ""
 
 
 def _meaning(kind: str) -> str:
     if kind.startswith("typing.Literal"):
-        return f"one of {kind.removeprefix('typing.Literal')[1:-1].replace(chr(39), '')}"
+        choices = kind.removeprefix("typing.Literal")[1:-1].replace("'", "")
+        return f"one of {choices}" if "," in choices else choices
     return {"<class 'int'>": "a whole number", "<class 'float'>": "a finite number",
             "<class 'bool'>": "true or false", "<class 'str'>": "a text"}.get(kind, kind)
 
@@ -139,6 +164,20 @@ def check(config: Config) -> None:
     if config.sync.compress != "none" and config.run.reproducible:
         raise UserError(f"--sync.compress {config.sync.compress}: each rank rounds what it sends, so their number "
                         "enters the result, which reproducible mode does not allow. Type --run.reproducible false too.")
+
+
+def idle(config: Config) -> list[str]:
+    """What was asked for and does nothing, in words."""
+    usual, given = Config(), config.sync
+    found = [f"--sync.{key} {getattr(given, key)} is for --sync.kind {kind}, and does nothing under {given.kind}."
+             for key, kind in TAKEN_BY.items()
+             if given.kind != kind and getattr(given, key) != getattr(usual.sync, key)]
+    if config.parallel.pp == 1 and config.parallel.schedule != usual.parallel.schedule:
+        found.append(f"--parallel.schedule {config.parallel.schedule} does nothing with --parallel.pp 1.")
+    if config.optim.warmup_steps > config.run.steps and config.optim.warmup_steps != usual.optim.warmup_steps:
+        found.append(f"--optim.warmup_steps {config.optim.warmup_steps}: the run ends before, after --run.steps "
+                     f"{config.run.steps}.")
+    return found
 
 
 def _require(config: Config, option: str, allowed: Any, meaning: str) -> None:

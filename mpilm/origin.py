@@ -4,14 +4,15 @@
                               "checkpoint": "/data/runs/a/checkpoints/step-00000600"}
 
 Whoever begins first puts aside, under names that nobody resumes from, the checkpoints that are no part of the run that
-begins; nothing is removed. Then this file is written, and from then on all checkpoints of the run directory belong to
-that run: come from its origin, or lead to it. A kill on the way leaves the file unwritten, and the next one goes on
-with putting aside. All of it is called by one rank.
+begins, and their metrics; nothing is removed. Then this file is written, and from then on all checkpoints of the run
+directory belong to that run: come from its origin, or lead to it. A kill on the way leaves the file unwritten, and the
+next one goes on with putting aside. All of it is called by one rank.
 """
 
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from mpilm.checkpoint import Reader, retention
 from mpilm.config import Config
 from mpilm.data._files import write_json
 from mpilm.log import say
+from mpilm.metrics import FILE as METRICS
 from mpilm.named import named
 
 FILE, CHECKPOINTS = "origin.json", "checkpoints"
@@ -72,21 +74,50 @@ def _command(config: Config) -> dict[str, Any]:
     """What makes a command the same as an earlier one, as JSON has it."""
     resume = config.run.resume
     sections = config.to_dict()
+    data = sections["data"]
+    data["path"] = data["path"] and str(Path(data["path"]).resolve())
+    del data["micro_batch_size"]    # is where and how fast, not what
     return {"resume": resume if resume == "never" else str(Path(resume).resolve()), "seed": config.run.seed,
             **{name: sections[name] for name in LEARNED}}
 
 
+def spared(config: Config) -> int:
+    """The step of the checkpoint that this command has begun from, if it lies in the run directory; else -1. As long as
+    the command is the same it must stay."""
+    begun = None if config.run.resume == "auto" else read(config)
+    if begun is None or begun.checkpoint is None:
+        return -1
+    match = retention.COMPLETE.fullmatch(begun.checkpoint.name)
+    ours = begun.checkpoint.parent.resolve() == (Path(config.run.dir) / CHECKPOINTS).resolve()
+    return int(match[1]) if match and ours else -1
+
+
 def _put_aside(config: Config, reader: Reader | None) -> None:
-    """The run that begins must not find checkpoints newer than its own that are another's."""
-    directory = Path(config.run.dir) / CHECKPOINTS
-    if reader is not None and directory.resolve() in reader.path.resolve().parents:
-        _abandon(directory, reader)
-    elif directory.is_dir() and any(directory.iterdir()):
-        number = 1
-        while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
-            number += 1
-        directory.rename(aside)
-        say(f"--run.resume {config.run.resume}: the checkpoints of an earlier run are now in {aside}")
+    """The run that begins must not find checkpoints newer than its own that are another's, nor another's metrics."""
+    link = Path(config.run.dir) / CHECKPOINTS
+    directory, metrics = link.resolve(), Path(config.run.dir) / METRICS
+    if reader is not None and directory in reader.path.resolve().parents:
+        _abandon(link, reader)
+        return
+    old_directory, old_metrics = _unused(directory, metrics)
+    if directory.is_dir() and any(directory.iterdir()):
+        directory.rename(old_directory)
+        if link.is_symlink():
+            directory.mkdir()
+        say(f"--run.resume {config.run.resume}: the checkpoints of an earlier run are now in {old_directory}")
+    if metrics.exists():
+        metrics.rename(old_metrics)
+        say(f"--run.resume {config.run.resume}: the metrics of an earlier run are now in {old_metrics}")
+
+
+def _unused(directory: Path, metrics: Path) -> tuple[Path, Path]:
+    """Names for both, with the first number that neither has."""
+    for number in count(1):
+        found = (directory.with_name(f"{directory.name}.old-{number}"),
+                 metrics.with_name(f"{metrics.stem}.old-{number}{metrics.suffix}"))
+        if not any(path.exists() for path in found):
+            return found
+    raise AssertionError("there is always another number")
 
 
 def _abandon(directory: Path, reader: Reader) -> None:

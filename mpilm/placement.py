@@ -31,7 +31,7 @@ class Launcher:
     """What the launcher's environment variables say; None where they say nothing.
 
     Args:
-        kind: `openmpi` and `hydra` (mpirun of MPICH or Intel MPI), `pmi`, `pmix`, `slurm`.
+        kind: `openmpi` and `hydra` (mpirun of MPICH or Intel MPI), `pmi`, `pmix`, `slurm`, `torchrun`.
         name: For messages.
         variable: The variable that `size` was read from.
         size: Ranks of the whole program (a lower bound for `pmix`).
@@ -57,13 +57,16 @@ def launcher(environ: Mapping[str, str]) -> Launcher | None:
     """
     local_rank = _first(environ, "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PMI_LOCAL_RANK",
                         "PALS_LOCAL_RANKID", "SLURM_LOCALID")
+    torchrun = "TORCHELASTIC_RUN_ID" in environ
     local_size = _first(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE")
-    rank = _first(environ, "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "PALS_RANKID", "SLURM_PROCID") or 0
+    rank = _first(environ, "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "PALS_RANKID",
+                  *(["RANK"] if torchrun else []), "SLURM_PROCID") or 0
     hydra = "MPI_LOCALNRANKS" in environ
     step = (_first(environ, "SLURM_STEP_ID") or 0) < NOT_A_STEP and "SLURM_STEP_ID" in environ
     candidates = [
         ("openmpi", "Open MPI's mpirun", "OMPI_COMM_WORLD_SIZE"),
         ("hydra", "the mpirun of MPICH or Intel MPI", "PMI_SIZE") if hydra else ("pmi", "a PMI launcher", "PMI_SIZE"),
+        *([("torchrun", "torchrun", "WORLD_SIZE")] if torchrun else []),
         ("slurm", "srun", "SLURM_STEP_NUM_TASKS"),
         ("slurm", "srun", "SLURM_NTASKS"),
     ]

@@ -1,4 +1,4 @@
-"""What a parallel layout would do, before it is started: python -m mpilm.plan --show-schedule.
+"""Draw the schedule of a pipeline, who does what when, before it is started: python -m mpilm.plan --show-schedule.
 
     python -m mpilm.plan --show-schedule zb --parallel.pp 4 --micro-batches 8
     python -m mpilm.plan --show-schedule                       all schedules
@@ -22,12 +22,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m mpilm.plan", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show-schedule", metavar="NAME", nargs="?", const="all", required=True,
+    parser.add_argument("--show-schedule", "--show_schedule", metavar="NAME", nargs="?", const="all", required=True,
                         help="gpipe, 1f1b, interleaved or zb; without a name all of them")
     parser.add_argument("--parallel.pp", dest="pp", type=int, default=4, help="ranks of the pipeline; default: 4")
     parser.add_argument("--parallel.chunks", dest="chunks", type=int, default=2,
                         help="parts of the model that a rank holds in the interleaved schedule; default: 2")
-    parser.add_argument("--micro-batches", dest="micro_batches", type=int, default=8,
+    parser.add_argument("--micro-batches", "--micro_batches", dest="micro_batches", type=int, default=8,
                         help="of a step, in each replica; default: 8")
     options = parser.parse_args(argv)
     for option, value in {"parallel.pp": options.pp, "parallel.chunks": options.chunks,

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any
 
+from mpilm.log import put
+
 
 class Work:
     """What this process has got done so far besides training, whichever thread did it: a sign of life (heartbeat.py).
@@ -40,7 +42,7 @@ class Progress:
     def update(self, done: int, text: str) -> None:
         """`done` of the total are done; `text` says what there is to say about them."""
         if self.bar is None:
-            print(f"{self.unit} {done}/{self.total}  {text}", flush=True)
+            put(f"{self.unit} {done}/{self.total}  {text}", sys.stdout)
         else:
             self.bar.update(self.task, completed=done, description=text)
 

@@ -95,7 +95,6 @@ class Run:
         Raises:
             EndError: So many have died that no layout is left; or it stopped before the end (stop.py).
         """
-        say(promise(self.world, self.config))
         with closing(self.pulse):
             while not (self._come_through(self._prepare) and self._come_through(self._assemble) and self._finish()):
                 while not self._come_through(self._rescue):
@@ -165,6 +164,7 @@ class Run:
         if not self.prepared:
             where.enter("preparing", PATIENT)
             self.prepare(self.world)
+            say(promise(self.world, self.config))
 
     def _assemble(self) -> None:
         """The crew and its program; spares have none. Collective over the world."""

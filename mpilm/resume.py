@@ -12,7 +12,7 @@ from mpilm.config import Config
 from mpilm.data._format import read_index
 from mpilm.data.shards import check_tokenizer
 from mpilm.launch import on_root
-from mpilm.log import UserError, say
+from mpilm.log import UserError, say, warn
 from mpilm.model import precision
 from mpilm.model.shape import Shape
 from mpilm.origin import CHECKPOINTS
@@ -44,8 +44,9 @@ def find(config: Config, comm: Any, *, again: bool = False) -> Reader | None:
         return found
     if found is not None and not again:
         if _finished(found):
+            reader = None if given == "never" else open_run(given, comm)
             on_root(comm, lambda: origin.path(config).unlink(missing_ok=True))
-            return None if given == "never" else open_run(given, comm)
+            return reader
         say(f"--run.resume {given}: this run has begun so, and goes on from its newest checkpoint. To begin again, "
             f"give another --run.dir, or remove {origin.path(config)}.")
     return found if found is not None or begun.checkpoint is None else _begun_from(begun.checkpoint, config, comm)
@@ -112,6 +113,9 @@ def check(reader: Reader, *, shape: dict[str, Any], data: dict[str, Any], config
     """
     _require_a_run_s(reader)
     meta = reader.meta
+    if changed := _changes(meta["config"], config.to_dict()):
+        warn(f"Other than in the checkpoint: {', '.join(changed)}. What comes now is not what an undisturbed run would "
+             "have done.")
     found = {"model": meta["shape"], "data": {key: meta["data"][key] for key in data},
              "options": _position(meta["config"])}
     expected = {"model": shape, "data": data, "options": _position(config.to_dict())}
@@ -119,6 +123,13 @@ def check(reader: Reader, *, shape: dict[str, Any], data: dict[str, Any], config
     if differing:
         raise UserError(f"{reader.path} is of another run:\n  " + "\n  ".join(differing)
                         + "\nGive this run the same options, or another --run.dir, or --run.resume never.")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Options that another value makes another run of, though it may go on: `run.steps` for the learning rate ends."""
+    options = [("run", "steps"), ("data", "mask_documents"), *(("optim", key) for key in now["optim"])]
+    return [f"--{section}.{key} {before[section][key]} -> {now[section][key]}" for section, key in options
+            if before.get(section, {}).get(key, now[section][key]) != now[section][key]]
 
 
 def _position(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from mpilm import origin
 from mpilm.checkpoint import Piece, Reader, Saved, Writer
 from mpilm.config import Checkpoint, Config
 from mpilm.interval import Interval
@@ -24,7 +25,7 @@ class Holder(Protocol):
 def writer(config: Config, comm: Any) -> Writer:
     """Of the run's checkpoints. Collective over `comm`, which is private to it."""
     return Writer(Path(config.run.dir) / CHECKPOINTS, comm, keep_last=config.checkpoint.keep_last,
-                  keep_every=config.checkpoint.keep_every)
+                  keep_every=config.checkpoint.keep_every, spared=origin.spared(config))
 
 
 class Saver:
@@ -46,7 +47,7 @@ class Saver:
                  about: dict[str, Any], reader: Reader | None) -> None:
         self.writer, self.holds, self.slices, self.comm = writer, holds, slices, comm
         self.interval = Interval(config, reader.step if reader else 0)
-        self.about, self.saved = about, reader.step if reader else -1
+        self.about, self.saved = about, reader.step if reader and _ours(reader, writer) else -1
         self.path: Path | None = reader.path if reader else None
         self.save_s = reader.write_s if reader else 0.0
         writer.reserve(self._mine())
@@ -86,6 +87,11 @@ class Saver:
         if saved is not None:
             self.path, self.save_s = saved.path, saved.write_s
             self.interval.learn(saved, self.writer.comm)
+
+
+def _ours(reader: Reader, writer: Writer) -> bool:
+    """Whether it is among the checkpoints that are written here."""
+    return reader.path.resolve().parent == writer.directory.resolve()
 
 
 class Elsewhere:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from mpilm.config import Config
 from mpilm.heartbeat import Where
-from mpilm.log import say
+from mpilm.log import say, warn
 from mpilm.optim import Update
 from mpilm.parallel import layout
 from mpilm.saver import Saver
@@ -51,10 +51,15 @@ class Serving:
 
     def run(self) -> str | None:
         """Serve until all workers have done `run.steps` steps, or something asks for a stop: returns what."""
+        if not meets(self.config, 0):   # which every step that is named is a divisor of
+            warn("Workers never wait for each other here, so signals and time limits are not heeded and nothing is "
+                 "saved before the end: give --checkpoint.every or --log.validate_every a number of steps.")
         while not self.server.clocks.over and self.reason is None:
             self.step()
             self._after_step()
         self.server.finish()
+        self.saver.after_step(self.state, last=True, sound=True)    # what began at its end is not here yet
+        self.stop.meet()
         self.saver.wait()
         self._tell()
         return self.reason

@@ -45,8 +45,8 @@ def tune_malloc() -> None:
     libc, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
     if libc != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):    # there is none where it was closed before
+        stream.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": MALLOC})
 
 

@@ -49,6 +49,10 @@ class Stop:
             return None
         return "the time is up" if answer == TIME else f"a rank got {signal.Signals(answer).name}"
 
+    def meet(self) -> None:
+        """Wait until everyone is done: what is saved last may count only when all is told that it says."""
+        p2p.wait([self.rounds.comm.Ibarrier()])
+
     def _vote(self) -> int:
         now, first = time.monotonic(), math.isnan(self.voted)
         self.between_s = max(self.between_s, 0.0 if first else now - self.voted)

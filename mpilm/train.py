@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, launch, train, tell what came out."""
     config = options.parse(argv, description=DESCRIPTION)
     with (Asked(config.run, for_good=argv is None) as asked,
-          launch.session(run_dir=config.run.dir, device=config.run.device) as world, ExitStack() as stack):
+          launch.session(device=config.run.device) as world, ExitStack() as stack):
         with startup.loading():
             from mpilm import recovery
 
@@ -47,12 +47,14 @@ class RunDirectory:
         stack.callback(self.claim.release)
 
     def prepare(self, world: World) -> None:
-        """Have the lock and something to train on. Collective over the world."""
+        """Have the lock, a log and something to train on. Collective over the world."""
         from mpilm import alike
 
         alike.require(world.comm, self.config.to_dict(), "the options are not those of rank 0 (another file or command "
                                                          "line there?)")
-        self.lock(world)
+        self.greet(world)
+        for text in options.idle(self.config):
+            warn(text)
         self.config.data.path = self.config.data.path or built_in(world)
 
     def lock(self, world: World) -> None:
@@ -71,8 +73,9 @@ class RunDirectory:
         launch.agree(world.comm, problem)
 
     def greet(self, world: World) -> None:
-        """Rank 0 may be another one than before: it takes the lock and writes the log. Collective over the world."""
-        launch.on_root(world.comm, lambda: Path(self.path).mkdir(parents=True, exist_ok=True))
+        """Rank 0, which may be another one than before, takes the lock and then writes the log. Collective over the
+        world."""
+        launch.on_root(world.comm, lambda: launch.make_directory(self.path))
         self.lock(world)
         launch.greet(world, self.path)
 

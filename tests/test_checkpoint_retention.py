@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpilm.checkpoint import Writer, differences, newest
-from mpilm.checkpoint.retention import complete, expired
+from mpilm.checkpoint.retention import Kept, complete, expired
 from tests.checkpoint_cases import assert_holds, cut, tensors, write
 
 
@@ -17,14 +17,15 @@ def names(directory, comm):
     return found
 
 
-@given(st.sets(st.integers(0, 50)), st.integers(1, 5), st.integers(0, 7))
-def test_the_newest_and_the_multiples_stay(steps, keep_last, keep_every):
-    gone = expired(steps, keep_last=keep_last, keep_every=keep_every)
+@given(st.sets(st.integers(0, 50)), st.integers(1, 5), st.integers(0, 7), st.integers(-1, 50))
+def test_the_newest_the_multiples_and_the_one_that_was_named_stay(steps, keep_last, keep_every, spared):
+    gone = expired(steps, Kept(keep_last, keep_every, spared))
+    assert spared not in gone
     stay = steps - set(gone)
     assert set(sorted(steps)[-keep_last:]) <= stay
     assert all(step in stay for step in steps if keep_every and step % keep_every == 0)
     others = sorted(step for step in stay if not (keep_every and step % keep_every == 0))
-    assert len(others) <= keep_last
+    assert len(set(others) - {spared}) <= keep_last
 
 
 def test_older_checkpoints_go(comm, tmp_path_all):

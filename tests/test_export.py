@@ -14,6 +14,7 @@ from mpilm.checkpoint import Alone
 from mpilm.log import UserError
 from tests import datasets
 from tests.small_jobs import train_here
+from tests.test_checkpoint_errors import small_disk
 
 PROMPT, END = "def f(x):", "<|endoftext|>"
 
@@ -56,6 +57,15 @@ def test_transformers_opens_it(run, dtype, rtol, tmp_path, monkeypatch):
     assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1, "who may read one may read all"
     assert theirs.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     assert theirs.config.eos_token_id == tokenizer.eos_token_id == datasets.END_OF_TEXT
+
+
+@pytest.mark.serial
+def test_a_full_disk_is_told(run, comm, tmp_path, monkeypatch):
+    """The library has an error of its own; nothing is left there."""
+    with small_disk(comm, tmp_path / "disk", "size=50k") as disk:
+        with pytest.raises(UserError, match=r"model\.safetensors: .*No space left"):
+            exported(monkeypatch, run, disk / "hf")
+        assert not list(disk.iterdir())
 
 
 @pytest.mark.serial

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -48,3 +49,26 @@ def test_nobody_ends_for_want_of_a_terminal(tmp_path):
     assert (done.returncode, done.stderr) == (
         0, "warning: standard output: No space left on device. Nothing more is printed there.\n")
     assert (tmp_path / "log.txt").read_text().count("hello") == 9
+
+
+@pytest.mark.serial
+def test_a_character_that_cannot_be_shown_is_spelled(tmp_path):
+    """And so is a line of progress."""
+    program = ("from mpilm import log, progress; log.say('caf\u00e9 \U0001f600'); "
+               "progress.Progress(9).update(1, '\u00e9')")
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONIOENCODING": "ascii"},
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "caf\\xe9 \\U0001f600\nstep 1/9  \\xe9\n"), done.stderr
+
+
+@pytest.mark.serial
+def test_a_log_that_was_removed_is_made_anew(tmp_path):
+    """And what is told in another way is there too."""
+    log.setup(0, tmp_path)
+    log.say("before")
+    (tmp_path / "log.txt").unlink()
+    log.say("after")
+    log.note("the end")
+    log.setup(0)
+    words = (tmp_path / "log.txt").read_text()
+    assert "before" not in words and "after" in words and "the end" in words

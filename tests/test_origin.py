@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from mpilm import options, resume
+from mpilm import options, origin, resume
 from mpilm.checkpoint import Alone, Writer, retention
 from mpilm.log import UserError
 from tests import datasets
@@ -32,10 +32,15 @@ def saved(comm, tmp_path):
 def begins(run, given, **changes):
     """Begin, or go on; the checkpoint that is read."""
     run.mkdir(exist_ok=True)
-    config = options.parse(arguments("data", run, **{"run.resume": given} | changes))
+    config = config_of(run, given, **changes)
     reader = resume.find(config, OneRank())
     resume.make_way(config, reader, OneRank())
     return reader and reader.path
+
+
+def config_of(run, given, **changes):
+    """The configuration of a command."""
+    return options.parse(arguments("data", run, **{"run.resume": given} | changes))
 
 
 class OneRank(Alone):
@@ -120,6 +125,37 @@ def test_never_begins_once_and_another_command_begins_anew(comm, saved):
     assert names(saved) == ["checkpoints.old-1", "checkpoints.old-2", "origin.json"]
     assert begins(saved, "auto") is None
     assert names(saved) == ["checkpoints.old-1", "checkpoints.old-2"], "what comes now has no such origin"
+
+
+def test_metrics_go_where_their_checkpoints_go(comm, saved, tmp_path):
+    """A line of another run would be taken for one of this."""
+    (saved / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert begins(saved, "never") is None
+    assert names(saved) == ["checkpoints.old-1", "metrics.old-1.jsonl", "origin.json"]
+
+
+def test_a_link_to_another_disk_stays(comm, saved, tmp_path):
+    (saved / "checkpoints").rename(tmp_path / "scratch")
+    (saved / "checkpoints").symlink_to(tmp_path / "scratch")
+    assert begins(saved, "never") is None
+    assert (saved / "checkpoints").resolve() == tmp_path / "scratch"
+    assert not list((tmp_path / "scratch").iterdir()) and (tmp_path / "scratch.old-1").is_dir()
+
+
+def test_another_spelling_is_the_same_command(comm, saved, tmp_path, monkeypatch):
+    """Nor does it matter how many sequences fit in memory."""
+    monkeypatch.chdir(tmp_path)
+    assert begins(saved, "never", **{"data.path": "tokens"}) is None
+    save(comm, saved, 5)
+    again = {"data.path": f"{tmp_path}/./tokens", "data.micro_batch_size": 1}
+    assert begins(saved, "never", **again).name == "step-00000005"
+
+
+def test_what_it_began_from_is_spared(saved):
+    first = saved / "checkpoints" / "step-00000006"
+    begins(saved, first)
+    assert origin.spared(config_of(saved, first)) == 6
+    assert origin.spared(config_of(saved, "auto")) == origin.spared(config_of(saved, "never")) == -1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", "[" * 100000, '{"command": 1, "checkpoint": 2}'])

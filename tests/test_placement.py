@@ -31,6 +31,8 @@ def test_alone():
     (SRUN | OPENMPI, "openmpi", 8, 5, 1),
     (SRUN | HYDRA, "hydra", 4, 3, 3),
     (SRUN | {"PMIX_RANK": "2"}, "slurm", 4, 2, 1),
+    (SRUN | {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1"}, "torchrun", 2, 1, 1),
+    (OPENMPI | {"WORLD_SIZE": "2", "RANK": "1"}, "openmpi", 8, 5, 1),
 ])
 def test_launcher(environ, kind, size, rank, local_rank):
     found = launcher(environ)

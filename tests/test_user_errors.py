@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mpilm import assemble, options, train
+from mpilm import assemble, menu, options, sync, train
 from mpilm.config import Config
 from mpilm.data.shards import Dataset
 from mpilm.lock import locked
@@ -54,10 +54,36 @@ def test_any_file_for_a_configuration_is_taken_or_refused(tmp_path, content):
 
 def test_a_configuration_survives_its_own_text(tmp_path):
     """What is written into the run directory reads back equal."""
-    given_config = options.parse(["--run.dir", 'a "strange"\\name', "--optim.lr", "1e-5", "--sync.bucket_mib", "2"])
+    strange = 'a "strange"\\näme\U0001f600\x7f'
+    given_config = options.parse(["--run.dir", strange, "--optim.lr", "1e-5", "--sync.bucket_mib", "2"])
     path = tmp_path / "run.toml"
     path.write_text(given_config.to_toml())
     assert options.parse(["--config", str(path)]) == given_config
+
+
+@pytest.mark.serial
+def test_a_file_knows_the_home(tmp_path, monkeypatch):
+    """No shell has seen it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.toml").write_text('[run]\ndir = "~/x"\n')
+    assert options.parse(["--config", str(tmp_path / "run.toml")]).run.dir == f"{tmp_path}/x"
+
+
+@pytest.mark.serial
+def test_what_does_nothing_is_told():
+    """As the classes have it that take it."""
+    taken = {name: kind for kind in ("sharded", "local_sgd") for name in sync.get(kind).OPTIONS}
+    assert taken.items() <= options.TAKEN_BY.items()
+    told = options.idle(options.parse(["--sync.level", "3", "--parallel.schedule", "zb", "--sync.every", "4"]))
+    assert [text.split()[0] for text in told] == ["--sync.level", "--sync.every", "--parallel.schedule"]
+    assert not options.idle(options.parse(["--sync.level", "3", "--sync.kind", "sharded"]))
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("package", ["mpilm.sync", "mpilm.sync.compress", "mpilm.comm.collectives"])
+def test_what_is_on_a_menu_is_there(package):
+    """Every choice that messages offer."""
+    assert all(menu.get(package, name, option="x") for name in menu.names(package))
 
 
 @pytest.mark.serial
@@ -84,6 +110,9 @@ def test_a_configuration_survives_its_own_text(tmp_path):
     (["--run.time_limit_s", "1e300"], "run.time_limit_s 1e.300: give at most"),
     (["--run.time_limit_s", "20"], r"every job would end after two steps.*--run\.stop_before_s, such as 2\."),
     (["--run.resume", ""], "run.resume"),
+    (["--checkpoint.every", "x"], "checkpoint.every x: give a whole number, or auto"),
+    (["--lr", "1"], r"--lr 1\. Did you mean --optim\.lr\?"),
+    (["--model.layer", "3"], r"Did you mean --model\.layers"),
 ])
 def test_the_culprit_is_named(argv, named):
     """What was given is in the message."""
@@ -170,7 +199,7 @@ def test_a_second_job_is_kept_out_of_a_run_directory(data, tmp_path, monkeypatch
     with locked(run / ".lock", wait_s=0, otherwise=""), \
          pytest.raises(UserError, match=rf"another process is writing there \(process {os.getpid()} on"):
         train_here(data, run)
-    assert not (run / "metrics.jsonl").exists()
+    assert not (run / "metrics.jsonl").exists() and not (run / "log.txt").exists()
     train_here(data, run)
 
 
@@ -186,8 +215,9 @@ def test_a_checkpoint_of_another_run_is_refused(comm, data, tmp_path_all):
         data.rename(tmp_path_all / "moved")
     comm.Barrier()
     train_here(tmp_path_all / "moved", run, **{"run.steps": 4})     # the same data in another place is the same data
+    everywhere(comm, "--run.steps 2 -> 4" in (run / "log.txt").read_text())
     train_here(tmp_path_all / "moved", run, **{"run.seed": 9, "run.resume": "never"})
-    everywhere(comm, (run / "checkpoints.old-1").is_dir())
+    everywhere(comm, (run / "checkpoints.old-1").is_dir() and (run / "metrics.old-1.jsonl").is_file())
     everywhere(comm, json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2)
 
 

@@ -153,8 +153,8 @@ def write_share(place: Place, files: Sequence[Sequence[Piece]], views: Sequence[
     return manifest.record(written, announced)
 
 
-def commit(place: Place, records: Sequence[dict[str, Any]], meta: dict[str, Any], *, write_s: float,
-           keep_last: int, keep_every: int) -> list[str]:
+def commit(place: Place, records: Sequence[dict[str, Any]], meta: dict[str, Any], kept: retention.Kept, *,
+           write_s: float) -> list[str]:
     """Make what all ranks wrote a complete checkpoint, then remove what need not stay. Rank 0 only.
 
     Returns:
@@ -178,7 +178,7 @@ def commit(place: Place, records: Sequence[dict[str, Any]], meta: dict[str, Any]
     except OSError as error:
         raise place.failed(error) from error
     try:
-        return retention.prune(place.directory, place.step, keep_last=keep_last, keep_every=keep_every)
+        return retention.prune(place.directory, place.step, kept)
     except OSError as error:
         return [f"{error.filename or place.directory} could not be removed: {error.strerror}."]
 

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 COMPLETE = re.compile(r"step-(\d{8,18})")
 REPLACED = re.compile(r"\.(step-\d{8,18})\.replaced")
@@ -90,11 +91,19 @@ def publish(directory: Path, step: int) -> None:
     _try_to_remove(aside)
 
 
-def prune(directory: Path, step: int, *, keep_last: int, keep_every: int) -> list[str]:
+class Kept(NamedTuple):
+    """Which checkpoints stay: so many of the newest, the multiples of a step (0: none), and one step (-1: none)."""
+
+    last: int
+    every: int = 0
+    spared: int = -1
+
+
+def prune(directory: Path, step: int, kept: Kept) -> list[str]:
     """After `step` has become complete: set aside what is newer, remove what need not stay; what to tell about it."""
     found = complete(directory)
     abandoned = {other: abandon(directory, other, found[other]) for other in found if other > step}
-    for other in expired([other for other in found if other <= step], keep_last=keep_last, keep_every=keep_every):
+    for other in expired([other for other in found if other <= step], kept):
         remove(found[other])
     return [f"{directory / name(other)} is from before the run went back to an earlier step; "
             f"it is now called {path.name}." for other, path in abandoned.items()]
@@ -107,10 +116,10 @@ def abandon(directory: Path, step: int, path: Path) -> Path:
     return target
 
 
-def expired(steps: Iterable[int], *, keep_last: int, keep_every: int) -> list[int]:
-    """Which of these steps need not stay: not the newest `keep_last`, not multiples of `keep_every` (0: none)."""
-    older = sorted(steps)[:-keep_last]
-    return [step for step in older if not (keep_every and step % keep_every == 0)]
+def expired(steps: Iterable[int], kept: Kept) -> list[int]:
+    """Which of these steps need not stay."""
+    older = sorted(steps)[:-kept.last]
+    return [step for step in older if step != kept.spared and not (kept.every and step % kept.every == 0)]
 
 
 def sync(directory: Path) -> None:

@@ -68,6 +68,7 @@ class Writer:
         comm: Private to this writer.
         keep_last: Keep so many of the newest.
         keep_every: Keep the multiples of this step for good; 0: none.
+        spared: Keep the one of this step too.
         file_bytes: No file gets larger, apart from its header.
 
     Raises:
@@ -75,10 +76,11 @@ class Writer:
     """
 
     def __init__(self, directory: str | Path, comm: MPI.Comm, *, keep_last: int = 2, keep_every: int = 0,
-                 file_bytes: int = FILE_BYTES) -> None:
+                 spared: int = -1, file_bytes: int = FILE_BYTES) -> None:
         assert keep_last >= 1, "at least the newest stays"
         self.directory, self.comm = Path(directory), comm
-        self.keep_last, self.keep_every, self.file_bytes = keep_last, keep_every, file_bytes
+        self.file_bytes = file_bytes
+        self.kept = retention.Kept(keep_last, keep_every, spared)
         self._snapshot = files.Snapshot()
         self._rounds = Rounds(comm)
         self._job: _Job | None = None
@@ -209,8 +211,8 @@ class Writer:
     def _commit(self, job: _Job, records: list[dict[str, Any]] | None) -> list[str]:
         if records is None:
             return []
-        return files.commit(job.place, records, job.meta, write_s=round(time.perf_counter() - job.began, 3),
-                            keep_last=self.keep_last, keep_every=self.keep_every)
+        return files.commit(job.place, records, job.meta, self.kept,
+                            write_s=round(time.perf_counter() - job.began, 3))
 
     def _conclude(self) -> Saved:
         """It is complete."""

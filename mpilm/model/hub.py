@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mpilm.log import UserError
 from mpilm.model.shape import Shape
 
 HEAD = "lm_head.weight"
@@ -43,12 +44,20 @@ def config(shape: Shape, *, max_length: int, end_of_text: int, dtype: str = "flo
 
 
 def save(directory: Path, shape: Shape, tensors: Mapping[str, Tensor], *, max_length: int, end_of_text: int) -> None:
-    """Write config.json and model.safetensors into a folder that is there; arguments as of `config`."""
+    """Write config.json and model.safetensors into a folder that is there; arguments as of `config`.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     settings = config(shape, max_length=max_length, end_of_text=end_of_text, dtype=dtype)
     (directory / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    save_file({to_hub(name): tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS,
-              metadata={"format": "pt"})
+    try:
+        save_file({to_hub(name): tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS,
+                  metadata={"format": "pt"})
+    except SafetensorError as error:    # of the disk
+        raise UserError(f"{directory / WEIGHTS}: {error}") from None
     (directory / WEIGHTS).chmod((directory / CONFIG).stat().st_mode & 0o777)    # the library lets nobody else read it

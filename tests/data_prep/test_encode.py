@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mpi4py import MPI
-from tokenizers import Tokenizer, models
 
 from data_prep import _job
 from data_prep.encode import Settings, encode
@@ -143,36 +142,6 @@ def test_settings_that_make_no_sense(tmp_path, tokenizer, settings, words):
         alone([tmp_path / "in"], tokenizer, tmp_path / "out", settings)
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "\0", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
-def test_not_a_tokenizer(tmp_path, content):
-    write(tmp_path / "in", DOCUMENTS[:5], "jsonl")
-    path = tmp_path / "bad.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=r"--tokenizer .*bad\.json: .*data_prep\.tokenizer"):
-        alone([tmp_path / "in"], path, tmp_path / "out")
-
-
-def test_any_tokenizer_json(tmp_path):
-    """Another model, no byte alphabet, a large vocabulary, padding and truncation switched on: all of no matter."""
-    vocab = {"[UNK]": 0, "a": 1, "b": 2, "</s>": 70_000}
-    other = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    other.enable_padding(length=64)
-    other.enable_truncation(1)
-    other.save(str(tmp_path / "other.json"))
-    write(tmp_path / "in", ["a", "b"], "jsonl")
-    data = Dataset.open(alone([tmp_path / "in"], tmp_path / "other.json", tmp_path / "out", Settings(validation=0)))
-    assert (data.vocab_size, data.end_of_text, data.dtype) == (70_001, 70_000, np.uint32)
-    assert data.read(0, data.num_tokens).tolist() == [1, 70_000, 2, 70_000]
-
-
-def test_no_end_of_text(tmp_path):
-    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "other.json"))
-    write(tmp_path / "in", ["a"], "jsonl")
-    with pytest.raises(UserError, match="--end_of_text"):
-        alone([tmp_path / "in"], tmp_path / "other.json", tmp_path / "out")
-
-
 def test_a_second_call_has_nothing_to_do(tmp_path, tokenizer, capsys):
     write(tmp_path / "in", DOCUMENTS, "jsonl")
     folder = alone([tmp_path / "in"], tokenizer, tmp_path / "out")
@@ -259,27 +228,12 @@ def test_a_disk_that_fills_up_with_shards(comm, tmp_path, tokenizer):
     assert told.value.filename.endswith("train-00000.h5.tmp")
 
 
-def test_a_tokenizer_that_has_no_token_for_what_it_does_not_know(tmp_path):
-    Tokenizer(models.Unigram([("a", -1.0), ("</s>", -2.0)])).save(str(tmp_path / "other.json"))
-    write(tmp_path / "in", ["a", "b"], "jsonl")
-    with pytest.raises(UserError, match=r"cannot encode this text .*unk"):
-        alone([tmp_path / "in"], tmp_path / "other.json", tmp_path / "out")
-
-
-def test_a_tokenizer_that_draws_lots(tmp_path, tokenizer):
-    """The same text has the same tokens, as without."""
-    drawing = Tokenizer.from_file(str(tokenizer))
-    drawing.model.dropout = 0.5
-    drawing.save(str(tmp_path / "drawing.json"))
+@pytest.mark.parametrize("name", ["unfinished/notes.txt", "job.json", "tokenizer.json"])
+def test_what_is_somebody_elses_stays(tmp_path, tokenizer, name):
+    """In the output folder, under a name of ours."""
     write(tmp_path / "in", DOCUMENTS, "jsonl")
-    usual, drawn = (Dataset.open(alone([tmp_path / "in"], path, tmp_path / f"out-{path.stem}"))
-                    for path in (tokenizer, tmp_path / "drawing.json"))
-    assert usual.num_tokens == drawn.num_tokens
-    assert np.array_equal(usual.read(0, usual.num_tokens), drawn.read(0, usual.num_tokens))
-
-
-def test_a_text_that_ends_itself_by_an_ordinary_token_is_told(tmp_path, capsys):
-    Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "</s>": 2}, unk_token="[UNK]")).save(str(tmp_path / "other.json"))
-    write(tmp_path / "in", ["a", "</s>", "a"], "jsonl")
-    alone([tmp_path / "in"], tmp_path / "other.json", tmp_path / "out", Settings(validation=0))
-    assert "1 pieces of text spell the token that ends a document" in capsys.readouterr().err
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("precious")
+    with pytest.raises(UserError, match=f"{name} is there already"):
+        alone([tmp_path / "in"], tokenizer, tmp_path / "out")
+    assert (tmp_path / "out" / name).read_text() == "precious"

@@ -1,5 +1,6 @@
 """Documents of every kind of file come out whole, in bounded pieces; what cannot be read is named."""
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -14,6 +15,7 @@ from data_prep._sources import find
 from data_prep._units import divide
 from mpilm.log import UserError
 from tests.data_prep.texts import PACKINGS, jsonl, parquet
+from tests.test_checkpoint_errors import small_disk
 
 pytestmark = pytest.mark.serial
 
@@ -177,17 +179,43 @@ def test_parquet_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="no column 'text' among 'body', 'n'"):
         documents(path)
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
-    with pytest.raises(UserError, match="a value of type int"):
+    with pytest.raises(UserError, match="values of type int64, not text"):
         documents(path)
 
 
 def test_parquet_types_that_hold_text(tmp_path):
     texts = pyarrow.array(["a", "b", "a"])
     for number, column in enumerate([texts.dictionary_encode(), texts.cast(pyarrow.large_string()),
-                                     texts.cast(pyarrow.binary())]):
+                                     texts.cast(pyarrow.binary()), texts.cast(pyarrow.string_view())]):
         path = tmp_path / f"{number}.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
         assert documents(path) == ["a", "b", "a"]
+
+
+def test_damage_of_any_kind_is_told(tmp_path):
+    """Arrow has errors that are nobody else's."""
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two", "three"] * 20}), path)
+    whole = path.read_bytes()
+    for place in range(4, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1:])
+        with contextlib.suppress(UserError):
+            documents(path)
+
+
+def test_a_full_disk_is_not_the_input_s_fault(comm, tmp_path):
+    path = tmp_path / "x.parquet.gz"
+    path.write_bytes(PACKINGS[".gz"](parquet([os.urandom(500_000).hex()])))
+    with small_disk(comm, tmp_path / "disk", "size=100k") as disk, pytest.raises(OSError, match="No space") as told:
+        [*read(divide(find([path]), validation=0)[0].parts[0], notes=Counter(), scratch=disk)]
+    assert told.value.filename == str(disk)
+
+
+def test_a_text_that_a_cut_moves_to_the_end_of_ends_once(tmp_path):
+    """A long last line, and units that lie in it."""
+    path = tmp_path / "x.txt"
+    path.write_text("short\n" * 3 + "x" * 60_000)
+    assert len(documents(path, unit_bytes=10_000)) == 1
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path):

@@ -64,7 +64,7 @@ CASES = {
              global_batch_size=8),
         Case("deep", layers=8, width=512, heads=8, hidden=1408, vocab_size=4096, sequence_length=256,
              global_batch_size=16),
-        Case("tiny", layers=1, width=32, heads=2, hidden=64, vocab_size=64, sequence_length=16, global_batch_size=4),
+        Case("tiny", layers=2, width=32, heads=2, hidden=64, vocab_size=64, sequence_length=16, global_batch_size=4),
     )
 }
 # "deep" is for memory, because most of it is in its blocks; "tiny" shows in a minute that a contender runs.
