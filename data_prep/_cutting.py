@@ -2,7 +2,8 @@
 
 A text of gigabytes is never held as a whole. It is cut at a line end between two lines that neither end nor begin with
 white space: byte-level BPE splits words there anyway, so the tokens are those of the uncut text. Where no such place
-is near it is cut at any line end, and without one between two characters.
+is near it is cut at any line end, and without one between two characters. Tokenizers that begin every text with a mark
+of their own (SentencePiece's "▁") begin every piece with one.
 
 Invariant: where a text is cut depends on its bytes and on the positions asked for, not on who reads which part.
 """

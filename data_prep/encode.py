@@ -232,15 +232,16 @@ def _tell(assembly: Assembly, records: list[Record], settings: Settings, folder:
     for record in records:
         notes.update(record["notes"])
     if notes["empty"]:
-        say(f"{notes['empty']:,} empty documents are left out")
+        say(f"left out: {counted(notes['empty'], 'empty document')}")
     if notes["undecodable"]:
-        say(f"{notes['undecodable']:,} pieces of text held bytes that are not UTF-8; each became U+FFFD")
+        say(f"bytes that are not UTF-8 became U+FFFD, in {counted(notes['undecodable'], 'piece')} of text")
     if notes["ended"]:
-        warn(f"{notes['ended']:,} pieces of text spell the token that ends a document, which this tokenizer does not "
-             "tell apart: make it a special token of the tokenizer, or name another one with --end_of_text.")
+        warn(f"the token that ends a document is spelled in {counted(notes['ended'], 'piece')} of text, which this "
+             "tokenizer does not tell apart: make it a special token of the tokenizer, or name another one with "
+             "--end_of_text.")
     tell_bad_lines(notes)
     if settings.validation and not assembly.num_documents("validation"):
-        warn(f"the validation split is empty: {counted(assembly.num_documents('train'), 'document')} are too few for "
+        warn(f"the validation split is empty: too few ({counted(assembly.num_documents('train'), 'document')}) for "
              f"--validation {settings.validation}. Give a larger share, or more documents.")
     for split in SPLITS:
         say(f"{split}: {assembly.num_tokens(split):,} tokens in {counted(assembly.num_documents(split), 'document')}")
@@ -252,7 +253,7 @@ def tell_bad_lines(notes: Counter[str]) -> None:
     bad = {key.removeprefix(BAD): count for key, count in sorted(notes.items()) if key.startswith(BAD)}
     if bad:
         most = [f"{count:,} in {file}" for file, count in list(bad.items())[:3]] + ["..."] * (len(bad) > 3)
-        warn(f"{sum(bad.values()):,} lines that are not JSON with a text in its field are left out: {', '.join(most)}")
+        warn(f"left out: {counted(sum(bad.values()), 'line')}, not JSON with a text in its field: {', '.join(most)}")
 
 
 def _wait(comm: MPI.Comm) -> None:

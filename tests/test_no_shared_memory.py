@@ -13,7 +13,7 @@ from tests.training_cases import alone, apart, configuration, divisible, paralle
 @pytest.mark.parametrize("collective", ["auto", "shared"])
 def test_without_shared_memory_the_bits_are_the_same(comm, monkeypatch, capfd, collective):
     """Said, and done in another way."""
-    monkeypatch.setenv("MPILM_SHARED_MEMORY", "/nonexistent")
+    monkeypatch.setenv("MPILM_SHARED_MEMORY", "/dev/null/nowhere")
     losses, norms, parameters = parallel(configuration(collective))
     said = capfd.readouterr().err
     assert comm.rank > 0 or "can share 0 MiB" in said, said
@@ -27,7 +27,7 @@ def test_without_shared_memory_the_bits_are_the_same(comm, monkeypatch, capfd, c
 @pytest.mark.parametrize("collective", ["auto", "shared"])
 def test_without_shared_memory_activations_go_by_messages(comm, monkeypatch, capfd, collective):
     """Said, and near one rank."""
-    monkeypatch.setenv("MPILM_SHARED_MEMORY", "/nonexistent")
+    monkeypatch.setenv("MPILM_SHARED_MEMORY", "/dev/null/nowhere")
     losses, norms, _ = parallel(divisible(collective, tp=2))
     said = capfd.readouterr().err
     assert comm.rank > 0 or "can share 0 MiB" in said, said

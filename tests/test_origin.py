@@ -191,10 +191,16 @@ def test_what_cannot_be_read_moves_nothing(saved, tmp_path):
     assert (names(saved / "checkpoints"), (saved / "origin.json").exists()) == (before, False)
 
 
-def test_a_run_that_stops_and_is_called_again(tmp_path):
-    """As a script that goes back into the queue does."""
+def steps_of(path):
+    """Of the lines of metrics."""
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_has_finished_and_one_that_begins_at_its_end(tmp_path):
+    """The first begins again, beside what it did before; the second has nothing to do but to be there."""
     data, run = datasets.small(tmp_path / "data"), tmp_path / "run"
     for steps in (1, 2):
         train_here(data, run, **{"run.steps": steps, "run.resume": "never", "log.every": 1, "log.validate_every": 0})
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2], "the second went on where the first stopped"
+    assert (steps_of(run / "metrics.jsonl"), steps_of(run / "metrics.old-1.jsonl")) == ([1, 2], [1])
+    train_here(data, tmp_path / "copy", **{"run.steps": 2, "run.resume": run, "log.validate_every": 0})
+    assert names(tmp_path / "copy" / "checkpoints") == ["step-00000002"]

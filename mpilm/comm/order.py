@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from mpilm.log import UserError
+from mpilm.log import UserError, counted
 
 BLOCK = 16384  # elements; what is summed over elements is summed over blocks of this many
 
@@ -67,9 +67,9 @@ def runs(num_slots: int, size: int) -> list[range]:
     least = 1 << (size - 1).bit_length()
     if num_slots < 1 or num_slots & (num_slots - 1) or num_slots < least:
         raise UserError(
-            f"Reproducible mode sums the micro-batches of a step along a binary tree: over {size} ranks their number "
-            f"must be a power of two, {least} or more, and it is {num_slots}. Choose --data.global_batch_size and "
-            "--data.micro_batch_size so that their ratio is one, or type --run.reproducible false."
+            "Reproducible mode sums the micro-batches of a step (--data.global_batch_size / --data.micro_batch_size) "
+            f"along a binary tree: over {counted(size, 'rank')} their number must be a power of two, {least} or more, "
+            f"and it is {num_slots}. Choose such batch sizes, or type --run.reproducible false."
         )
     return _halve(0, num_slots, size)
 

@@ -106,7 +106,7 @@ def test_empty_documents_are_left_out(tmp_path, tokenizer, capsys):
     (tmp_path / "in" / "b.txt").write_text("")
     folder = alone([tmp_path / "in"], tokenizer, tmp_path / "out", Settings(validation=0))
     assert decoded(folder) == ["x"]
-    assert "4 empty documents are left out" in capsys.readouterr().out
+    assert "left out: 4 empty documents" in capsys.readouterr().out
 
 
 def test_no_documents_at_all(tmp_path, tokenizer):
@@ -127,7 +127,7 @@ def test_all_in_validation(tmp_path, tokenizer):
 def test_too_few_for_validation(tmp_path, tokenizer, capsys):
     write(tmp_path / "in", ["a", "b"], "jsonl")
     alone([tmp_path / "in"], tokenizer, tmp_path / "out", Settings(validation=1e-9))
-    assert "validation split is empty: 2 documents are too few" in capsys.readouterr().err
+    assert "validation split is empty: too few (2 documents)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("settings", "words"), [

@@ -86,4 +86,4 @@ def test_a_text_that_ends_itself_by_an_ordinary_token_is_told(tmp_path, capsys):
     Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "</s>": 2}, unk_token="[UNK]")).save(str(tmp_path / "other.json"))
     write(tmp_path / "in", ["a", "</s>", "a"], "jsonl")
     alone([tmp_path / "in"], tmp_path / "other.json", tmp_path / "out")
-    assert "1 pieces of text spell the token that ends a document" in capsys.readouterr().err
+    assert "the token that ends a document is spelled in 1 piece of text" in capsys.readouterr().err

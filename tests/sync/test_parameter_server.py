@@ -46,7 +46,7 @@ def test_staleness_0_has_the_bits_of_allreduce(rule, precision, comm, monkeypatc
 
 @pytest.mark.ranks(min=2)
 @pytest.mark.parametrize("without", [{"MPILM_RANKS_PER_NODE": "1"}, {"MPILM_RANKS_PER_NODE": "2"},
-                                     {"MPILM_SHARED_MEMORY": "/nonexistent"}], ids=str)
+                                     {"MPILM_SHARED_MEMORY": "/dev/null/nowhere"}], ids=str)
 def test_over_several_nodes(without, comm, monkeypatch):
     """Emulated ones: gradients are sent, or lie where a server sees them, or both."""
     for name, value in without.items():
