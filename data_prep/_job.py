@@ -104,10 +104,12 @@ def _others(parts: Path) -> list[str]:
 
 def _require_room(directory: Path, job: Job) -> None:
     """Nothing of somebody else's is where this job's files go."""
-    parts, tokenizer = directory / UNFINISHED, directory / TOKENIZER
-    found = [parts / name for name in (_others(parts) if parts.is_dir() else [])]
-    found += [path for path in (directory / JOB,) if path.exists() and _written(path) != _written_as(job)]
-    found += [tokenizer] if tokenizer.exists() and file_sha256(tokenizer) != job.tokenizer else []
+    parts, tokenizer, about = directory / UNFINISHED, directory / TOKENIZER, directory / JOB
+    found = [parts / name for name in _others(parts)] if parts.is_dir() else []
+    if about.exists() and _written(about) != _written_as(job):
+        found.append(about)
+    if tokenizer.exists() and file_sha256(tokenizer) != job.tokenizer:
+        found.append(tokenizer)
     if found:
         raise UserError(f"--to {directory}: {found[0]} is there already and not of this dataset. Name another folder, "
                         "or move it away.")

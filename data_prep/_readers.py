@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from data_prep._cutting import PIECE_BYTES, SEARCH_BYTES, cut_at_or_after, pieces, stream_pieces
-from data_prep._sources import Source
-from data_prep._units import Part, of_a_file
+from data_prep._sources import Source, of_a_file
+from data_prep._units import Part
 from mpilm.log import UserError
 
 HEAD_BYTES = 64 << 10
@@ -75,7 +75,7 @@ def read(part: Part, *, field: str = "text", notes: Counter[str], scratch: Path 
                     done = position - part.start
             _require_unchanged(source, file)
     except Exception as error:
-        if isinstance(error, UserError) or not of_a_file(error):
+        if not of_a_file(error):
             raise
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # what is full is not the input
             error.filename = str(scratch or tempfile.gettempdir())

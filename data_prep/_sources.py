@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
-from mpilm.log import UserError, say
+from mpilm.log import UserError, counted, say
 
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -64,10 +64,16 @@ def find(inputs: Sequence[str | os.PathLike[str]]) -> list[Source]:
             found.setdefault(os.path.realpath(path), _source(path, named=named))
     if skipped:
         endings = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in skipped.most_common(6))
-        say(f"skipping {skipped.total():,} files of other kinds ({endings}); name a file itself to read it as text")
+        say(f"skipping {counted(skipped.total(), 'file')} of other kinds ({endings}); name a file itself to read it as "
+            "text")
     if not found:
         raise UserError(f"No input files in {', '.join(map(str, inputs))}. {READ}")
     return sorted(found.values())
+
+
+def of_a_file(error: Exception) -> bool:
+    """Whether what a file holds may be the reason: Arrow has kinds of errors of its own for that."""
+    return isinstance(error, OSError | EOFError | ValueError) or type(error).__module__.startswith("pyarrow")
 
 
 def _expand(given: str, skipped: Counter[str]) -> Iterator[tuple[str, bool]]:
@@ -75,7 +81,7 @@ def _expand(given: str, skipped: Counter[str]) -> Iterator[tuple[str, bool]]:
     matches = [given]
     if not os.path.exists(given):
         matches = [path for path in glob.glob(given, recursive=True) if os.path.exists(path)]
-        matches = [path for path in matches if os.path.isdir(path) or not _beside(os.path.basename(path), skipped)]
+        matches = [path for path in matches if os.path.isdir(path) or not _leave_out(os.path.basename(path), skipped)]
     if not matches:
         raise UserError(f"INPUT {given}: no such file or folder, and as a pattern it matches nothing.")
     for match in matches:
@@ -85,9 +91,9 @@ def _expand(given: str, skipped: Counter[str]) -> Iterator[tuple[str, bool]]:
             yield match, True
 
 
-def _beside(name: str, skipped: Counter[str]) -> bool:
-    """What Spark and Dask leave beside their files: _SUCCESS, _metadata, .part-0.crc. Who called a file of data so is
-    told."""
+def _leave_out(name: str, skipped: Counter[str]) -> bool:
+    """Whether it is what Spark and Dask leave beside their files: _SUCCESS, _metadata, .part-0.crc. A file of data that
+    is called so is counted, to be told."""
     kind = _kind(name)[0]
     if kind == "text" or not name.startswith((".", "_")):
         return False
@@ -109,7 +115,7 @@ def _walk(folder: str, skipped: Counter[str]) -> Iterator[str]:
                          for part in os.path.relpath(where, folder).split(os.sep))
         for name in names:
             path, kind = os.path.join(where, name), _kind(name)[0]
-            if name.startswith(".") or _beside(name, skipped) or (unfinished and kind != "text"):
+            if name.startswith(".") or _leave_out(name, skipped) or (unfinished and kind != "text"):
                 continue
             if kind and not os.path.exists(path):
                 raise UserError(f"{path}: a link to something that is not there. Restore or remove it.")

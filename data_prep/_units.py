@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from data_prep._sources import Source
+from data_prep._sources import Source, of_a_file
 from mpilm.log import UserError
 
 MIB = 1 << 20
@@ -141,12 +141,6 @@ def _row_groups(source: Source, unit_bytes: int) -> list[Part]:
             parts.append(Part(source, start, number + 1, read * source.size // total))
             start, read = number + 1, 0
     return parts or [Part(source, 0, -1, source.size)]
-
-
-def of_a_file(error: Exception) -> bool:
-    """Whether what a file holds may be the reason: Arrow has kinds of errors of its own for that."""
-    return isinstance(error, OSError | EOFError | ValueError | OverflowError) or type(error).__module__.startswith(
-        "pyarrow")
 
 
 def deal(units: Sequence[Unit], size: int) -> list[list[Unit]]:

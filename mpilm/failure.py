@@ -29,8 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from mpilm import log
-from mpilm.log import UserError
+from mpilm.log import UserError, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,8 +189,9 @@ class Guard:
         if any(codes):
             if self.comm.rank == 0:
                 told = [(rank, text) for rank, (_, text) in enumerate(verdicts) if text is not None]
-                log.note(_summary(told, len(verdicts)))
-                _print(_summary(told, len(verdicts)))
+                words = _summary(told, len(verdicts))
+                note(words)
+                _print(words)
                 wait_until_read(STDERR)
             raise SystemExit(max(codes))
         if self.comm.rank == 0 and (mark := os.environ.get(MARK)):

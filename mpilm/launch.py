@@ -143,6 +143,7 @@ def command(main: Callable[[], None], *, tune: bool = True) -> None:
         tune: Whether to start anew under our settings for malloc, before anything else is done; a benchmark may want
             the usual ones.
     """
+    startup.open_streams()
     if tune:
         startup.tune_malloc()
     try:
@@ -241,7 +242,7 @@ def greet(world: World, run_dir: str | Path | None) -> None:
     """With a `run_dir`, have rank 0 write its log there and print the placement table. Collective over the world."""
     if run_dir is None:
         return
-    on_root(world.comm, lambda: open_log(run_dir))
+    on_root(world.comm, lambda: _open_log(run_dir))
     log.say(world.table())
 
 
@@ -255,7 +256,7 @@ def make_directory(run_dir: str | Path) -> None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
 
 
-def open_log(run_dir: str | Path) -> None:
+def _open_log(run_dir: str | Path) -> None:
     """Have this rank write log.txt there. Local. Raises as `make_directory`."""
     with _named(run_dir):
         log.setup(0, run_dir)

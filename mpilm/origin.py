@@ -99,25 +99,20 @@ def _put_aside(config: Config, reader: Reader | None) -> None:
     if reader is not None and directory in reader.path.resolve().parents:
         _abandon(link, reader)
         return
-    old_directory, old_metrics = _unused(directory, metrics)
+    number = next(n for n in count(1) if not any(_old(path, n).exists() for path in (directory, metrics)))
     if directory.is_dir() and any(directory.iterdir()):
-        directory.rename(old_directory)
-        if link.is_symlink():
-            directory.mkdir()
-        say(f"--run.resume {config.run.resume}: the checkpoints of an earlier run are now in {old_directory}")
+        aside = directory.rename(_old(directory, number))
+        say(f"--run.resume {config.run.resume}: the checkpoints of an earlier run are now in {aside}")
+    if link.is_symlink():
+        directory.mkdir(exist_ok=True)  # whoever was killed before this may have left a link that leads nowhere
     if metrics.exists():
-        metrics.rename(old_metrics)
-        say(f"--run.resume {config.run.resume}: the metrics of an earlier run are now in {old_metrics}")
+        aside = metrics.rename(_old(metrics, number))
+        say(f"--run.resume {config.run.resume}: the metrics of an earlier run are now in {aside}")
 
 
-def _unused(directory: Path, metrics: Path) -> tuple[Path, Path]:
-    """Names for both, with the first number that neither has."""
-    for number in count(1):
-        found = (directory.with_name(f"{directory.name}.old-{number}"),
-                 metrics.with_name(f"{metrics.stem}.old-{number}{metrics.suffix}"))
-        if not any(path.exists() for path in found):
-            return found
-    raise AssertionError("there is always another number")
+def _old(path: Path, number: int) -> Path:
+    """What it is called once it is put aside."""
+    return path.with_name(f"{path.stem}.old-{number}{path.suffix}")
 
 
 def _abandon(directory: Path, reader: Reader) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from mpilm import origin
 from mpilm.checkpoint import Piece, Reader, Saved, Writer
 from mpilm.config import Checkpoint, Config
+from mpilm.failure import on_root
 from mpilm.interval import Interval
 from mpilm.model.slices import Slices
 from mpilm.origin import CHECKPOINTS
@@ -25,7 +26,7 @@ class Holder(Protocol):
 def writer(config: Config, comm: Any) -> Writer:
     """Of the run's checkpoints. Collective over `comm`, which is private to it."""
     return Writer(Path(config.run.dir) / CHECKPOINTS, comm, keep_last=config.checkpoint.keep_last,
-                  keep_every=config.checkpoint.keep_every, spared=origin.spared(config))
+                  keep_every=config.checkpoint.keep_every, spared=on_root(comm, lambda: origin.spared(config)))
 
 
 class Saver:

@@ -51,15 +51,15 @@ class Serving:
 
     def run(self) -> str | None:
         """Serve until all workers have done `run.steps` steps, or something asks for a stop: returns what."""
-        if not meets(self.config, 0):   # which every step that is named is a divisor of
+        if not meets(self.config, 0):   # a multiple of every interval there is
             warn("Workers never wait for each other here, so signals and time limits are not heeded and nothing is "
                  "saved before the end: give --checkpoint.every or --log.validate_every a number of steps.")
         while not self.server.clocks.over and self.reason is None:
             self.step()
             self._after_step()
         self.server.finish()
+        self.stop.meet()    # before anyone looks how the last save is getting on, which makes it complete
         self.saver.after_step(self.state, last=True, sound=True)    # what began at its end is not here yet
-        self.stop.meet()
         self.saver.wait()
         self._tell()
         return self.reason

@@ -88,8 +88,8 @@ class Trainer:
                 self._tell(window)
                 if self._after_step() is not None:
                     break
+            self.stop.meet()    # before anyone looks how the last save is getting on, which makes it complete
             self.saver.after_step(self.state, last=True, sound=True)    # what began at its end is not here yet
-            self.stop.meet()
             self.saver.wait()
         return self.reason
 

@@ -106,6 +106,9 @@ def test_a_prompt_has_the_tokens_of_the_text_that_was_learned(tmp_path, monkeypa
     assert seen == [[1, 2, 2, 1], [1, 3, 3, 3]]     # text that spells the end of a text is text, as data_prep has it
     with pytest.raises(UserError, match="no text in UTF-8"):
         generate.sample(None, str(tmp_path), "\udcff", **options)
+    Tokenizer(models.Unigram([("a", -1.0)])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="no token for something in it"):
+        generate.sample(None, str(tmp_path), "b", **options)
 
 
 def test_a_text_ends_where_the_model_ends_it():

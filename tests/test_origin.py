@@ -140,6 +140,10 @@ def test_a_link_to_another_disk_stays(comm, saved, tmp_path):
     assert begins(saved, "never") is None
     assert (saved / "checkpoints").resolve() == tmp_path / "scratch"
     assert not list((tmp_path / "scratch").iterdir()) and (tmp_path / "scratch.old-1").is_dir()
+    (saved / "origin.json").unlink()
+    (tmp_path / "scratch").rmdir()      # as a kill between the two leaves it
+    assert begins(saved, "never") is None
+    assert (tmp_path / "scratch").is_dir()
 
 
 def test_another_spelling_is_the_same_command(comm, saved, tmp_path, monkeypatch):

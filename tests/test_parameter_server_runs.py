@@ -14,6 +14,7 @@ from mpilm import assemble, inspect, options
 from mpilm.launch import session
 from mpilm.log import UserError
 from mpilm.metrics import Metrics
+from mpilm.sync._server import Server
 from tests import datasets, helpers, small_jobs
 from tests.helpers import everywhere
 
@@ -151,14 +152,19 @@ def test_a_killed_worker_or_server_ends_the_job_which_then_goes_on(tmp_path, cap
 @pytest.mark.ranks(min=2, max=2)
 def test_the_last_checkpoint_waits_for_the_last_line(comm, data, tmp_path_all, monkeypatch):
     """Whoever finds it goes on behind it: a line that is not there would never come."""
-    run, record, seen = tmp_path_all / "run", Metrics.record, []
+    run, record, finish, seen = tmp_path_all / "run", Metrics.record, Server.finish, []
 
     def late(self, values):
         time.sleep(0.3)     # servers have long done what they have to do
         seen.append((run / "checkpoints" / f"step-{STEPS:08d}").exists())
         record(self, values)
 
+    def written(self):
+        time.sleep(0.1)     # by when the last save is on the disk, but for its name
+        finish(self)
+
     monkeypatch.setattr(Metrics, "record", late)
+    monkeypatch.setattr(Server, "finish", written)
     train(comm, data, run, **SERVERS)
     everywhere(comm, not any(seen), "it was there before")
     everywhere(comm, (run / "checkpoints" / f"step-{STEPS:08d}").exists())

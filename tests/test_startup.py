@@ -118,3 +118,17 @@ def test_programs_that_compile_nothing_do_not_load_the_compiler():
     result = subprocess.run([sys.executable, "-c", program], env=clean_environment(), cwd=REPOSITORY,
                             capture_output=True, text=True, check=False)
     assert result.stdout == "False\n", result
+
+
+@pytest.mark.serial
+def test_a_stream_that_was_closed_is_nowhere(tmp_path):
+    """And no file is taken for it, nor does a mistake end in a traceback for want of it."""
+    program = ("import os, sys; from mpilm import launch\n"
+               "def main():\n"
+               f"    file = open({str(tmp_path / 'file')!r}, 'w')\n"
+               "    os.write(1, b'lost')\n"
+               "    print('lost', file=sys.stderr)\n"
+               "    sys.exit(file.fileno() < 3)\n"
+               "launch.command(main, tune=False)")
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, program], check=False)
+    assert (done.returncode, (tmp_path / "file").read_text()) == (0, "")
