@@ -42,9 +42,10 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m mpilm.tra
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=prog, description=description, parser_mode="toml", exit_on_error=False,
-                            allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="TOML file with these sections; options after it win.")
+    parser = ArgumentParser(prog=prog, usage="%(prog)s [--config FILE.toml] [--SECTION.OPTION VALUE ...]",
+                            description=description, parser_mode="toml", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="TOML file with these sections; options after it win. --run, "
+                                                          "--data, ... take one with the options of that section.")
     parser.add_class_arguments(Config, as_group=False)
     argv = list(sys.argv[1:] if argv is None else argv)
     _check_files(argv)

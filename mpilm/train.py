@@ -94,13 +94,16 @@ def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
     from mpilm.data.shards import unigram_entropy
     from mpilm.parallel import layout
 
-    loss = program.validation.loss() if program.validation is not None else None
-    loss, speeds = world.comm.bcast((loss, program.speeds), root=layout.num_servers(config))
+    validation = program.validation
+    measured = (validation.loss(), validation.tokens) if validation is not None else None
+    measured, speeds = world.comm.bcast((measured, program.speeds), root=layout.num_servers(config))
     path = world.comm.bcast(str(program.saver.path))    # known to those who saved
     lines = [f"finished at step {program.state.step}"]
-    if loss is not None:
-        entropy = unigram_entropy(assemble.open_split(config, "validation"))
-        lines.append(f"validation loss   {loss:.4f} nats per token")
+    if measured is not None:
+        split = assemble.open_split(config, "validation")
+        entropy, (loss, tokens) = unigram_entropy(split), measured
+        lines.append(f"validation loss   {loss:.4f} nats per token, over {tokens:,} of {split.num_tokens:,} tokens "
+                     "(mpilm.evaluate: over all)")
         lines.append(f"unigram entropy   {entropy:.4f} nats per token (what knowing only the frequencies gives)")
     if speeds:
         lines.append(f"speed             {median(speeds):,.0f} tokens/s")

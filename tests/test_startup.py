@@ -113,6 +113,15 @@ def test_help_needs_nothing_heavy(name):
 
 
 @serial
+def test_by_path_it_is_the_same_program():
+    """Whatever lies beside it and is called like a module of Python's own."""
+    by_name, by_path = (run_nested(0, [*program, "--help"], cwd=REPOSITORY) for program in (["-m", "mpilm.train"],
+                                                                                             ["mpilm/train.py"]))
+    assert by_path.rc == 0, by_path
+    assert by_path.stdout.partition("\n")[2] == by_name.stdout.partition("\n")[2]
+
+
+@serial
 def test_programs_that_compile_nothing_do_not_load_the_compiler():
     program = "import sys, mpilm.assemble; print('torch._dynamo' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], env=clean_environment(), cwd=REPOSITORY,
