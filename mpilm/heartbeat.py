@@ -202,7 +202,7 @@ class Heart:
         sys.stderr.write(report)
         sys.stderr.flush()
         try:
-            self.path.write_text(report)
+            self.path.write_text(time.strftime("%Y-%m-%d %H:%M:%S %z\n") + report)     # it stays when the run goes on
         except OSError as error:
             sys.stderr.write(f"{self.path}: {error.strerror}\n")
         wait_until_read(STDERR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from mpi4py import MPI
@@ -37,7 +38,9 @@ def test_a_rank_that_stopped_is_named(data, tmp_path, ranks, victims, options):
         begun = time.monotonic()
         code = job.wait()
         took = time.monotonic() - begun
-    said, left = job.words.read_text(), (tmp_path / "run" / heartbeat.FILE).read_text()
+    said = job.words.read_text()
+    when, _, left = (tmp_path / "run" / heartbeat.FILE).read_text().partition("\n")
+    assert datetime.now(tz=UTC) - datetime.strptime(when, "%Y-%m-%d %H:%M:%S %z") < timedelta(minutes=2)
     assert code == heartbeat.HUNG, said
     assert f"rank {', '.join(map(str, victims))} does not answer" in said, said
     assert without_steps(left).strip() in without_steps(said), said
