@@ -34,8 +34,8 @@ class Run:
             --with-ft ulfm).
         stop_signals: Signals at which all ranks save and end, with exit code 75: "submit me again".
         time_limit_s: So long this job may take; 0: what is left of its allocation (Slurm's, PBS's), if it is in one.
-        stop_before_s: Save and end so long before the time limit, and twice as long as a save takes; shorter than
-            `time_limit_s`.
+        stop_before_s: Save and end so long before the time limit, and twice what a save and the longest step take;
+            shorter than `time_limit_s`.
         hang_timeout_s: End the job, with exit code 77 and everyone's stacks, when nobody gets any further (before and
             after the steps for five times that), or a rank does not answer, for so long, from 1 up; 0: never.
         straggler: Name a rank whose own work takes so many times the median.
