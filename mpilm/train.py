@@ -102,8 +102,7 @@ def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
     if measured is not None:
         split = assemble.open_split(config, "validation")
         entropy, (loss, tokens) = unigram_entropy(split), measured
-        lines.append(f"validation loss   {loss:.4f} nats per token, over {tokens:,} of {split.num_tokens:,} tokens "
-                     "(mpilm.evaluate: over all)")
+        lines.append(f"validation loss   {loss:.4f} nats per token, over {tokens:,} of {split.num_tokens:,} tokens")
         lines.append(f"unigram entropy   {entropy:.4f} nats per token (what knowing only the frequencies gives)")
     if speeds:
         lines.append(f"speed             {median(speeds):,.0f} tokens/s")
