@@ -124,13 +124,13 @@ class Heart:
         try:
             last = time.monotonic()
             while not self.over.wait(self.period):
-                now = time.monotonic()
-                if now - last > LATE * self.period:     # this rank was stopped itself, and has heard nobody meanwhile
-                    self.vigil.restart()
-                last = now
                 self._beat()
                 self._listen()
-                self._judge()
+                before, last = last, time.monotonic()
+                if last - before > LATE * self.period:  # this rank was stopped itself, and has heard nobody meanwhile
+                    self.vigil.restart()
+                else:
+                    self._judge()
         except MPI.Exception:   # ranks have died: the training thread knows, and what follows has a heart of its own
             self._outlive()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -221,3 +222,26 @@ def test_whoever_was_stopped_itself_has_nothing_to_say_about_others(vigil):
     assert watch.hangs()
     watch.restart()
     assert not watch.hangs()
+
+
+@pytest.mark.parametrize("doing", ["_beat", "_listen"])
+def test_wherever_it_was_stopped(tmp_path, monkeypatch, doing):
+    going_on, told, turns = getattr(heartbeat.Heart, doing), [], []
+    through = threading.Event()
+
+    def stopped(heart):
+        turns.append(doing)
+        if len(turns) == 3:
+            time.sleep(1.2)
+        if len(turns) == 5:
+            through.set()
+        going_on(heart)
+
+    monkeypatch.setattr(heartbeat.Heart, doing, stopped)
+    monkeypatch.setattr(heartbeat.Heart, "_tell", lambda heart, report: told.append(report))
+    where = heartbeat.Where()
+    where.enter("computing")
+    heart = heartbeat.Heart(MPI.COMM_SELF.Dup(), where, timeout_s=1, slow=1.5, directory=tmp_path)
+    assert through.wait(60)
+    heart.close()
+    assert not told
