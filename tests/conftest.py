@@ -47,6 +47,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
+from mpilm.comm import p2p  # noqa: E402
 from tests.helpers import Result, run_nested  # noqa: E402
 from tests.selection import fits  # noqa: E402
 
@@ -212,12 +213,14 @@ def _vote(config: pytest.Config, ballot: Any, *, failed: bool) -> list[Any]:
     digest = zlib.crc32(repr(ballot).encode())
     mine = np.array([failed, digest, -digest], np.int64)
     highest = np.empty_like(mine)
-    gate, polls, deadline = BALLOTS.Iallreduce(mine, highest, MPI.MAX), 0, time.monotonic() + GRACE_S
-    while not gate.Test():
+    gate, deadline = BALLOTS.Iallreduce(mine, highest, MPI.MAX), time.monotonic() + GRACE_S
+
+    def arrived() -> bool | None:
         if failed and time.monotonic() > deadline:
             _abort(config, f"failed, and the others did not arrive within {GRACE_S:.0f} s\n{ballot[-1]}")
-        polls += 1
-        time.sleep(0 if polls < 100 else 0.001)
+        return gate.Test() or None
+
+    p2p.until(arrived)
     if not highest[0] and highest[1] == -highest[2]:
         return [ballot] * WORLD.size
     return BALLOTS.allgather(ballot)

@@ -51,7 +51,7 @@ def train(run_mpi, data):
     def run(ranks, directory, env=None, says="", **changes):
         if ranks:
             arguments = small_jobs.arguments(data, directory, **OPTIONS | changes)
-            result = run_mpi(ranks, ["-m", "mpilm.train", *arguments], env=env)
+            result = run_mpi(ranks, ["-m", "mpilm.train", *arguments], env=env, tuned=True)
             assert result.rc == 0, result.stdout + result.stderr
             assert says in result.stdout + result.stderr
         else:

@@ -60,11 +60,11 @@ def test_malloc_is_tuned_once_and_can_be_declined(tmp_path):
     (package / "__init__.py").touch()
     (package / "probe.py").write_text(PROBE)
     path = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
-    result = run_nested(0, ["-m", "data_prep.probe", "a b"], cwd=tmp_path, env=path)
+    result = run_nested(0, ["-m", "data_prep.probe", "a b"], cwd=tmp_path, env=path, tuned=True)
     lines = result.stdout.splitlines()
     assert lines[0] == lines[1], "a new pid, which the launcher does not know"
     assert lines[2:] == [f"{startup.MALLOC} ['a b']"]
-    declined = run_nested(0, ["-m", "data_prep.probe"], cwd=tmp_path, env=path | {"GLIBC_TUNABLES": ""})
+    declined = run_nested(0, ["-m", "data_prep.probe"], cwd=tmp_path, env=path)
     assert declined.stdout.splitlines()[1:] == [" []"]
 
 

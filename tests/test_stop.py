@@ -98,7 +98,7 @@ def test_whoever_gets_it(comm, data, tmp_path_all, watch, options, rank):
 @serial
 def test_no_moment_is_the_wrong_one(data, tmp_path):
     """Signals from before MPI starts until the process is gone: the exit code is that of a run that is saved."""
-    with Job(2, data, tmp_path / "run") as job:
+    with Job(2, data, tmp_path / "run", tuned=True) as job:
         assert job.until(lambda: heeds(job.ranks().get(1), signal.SIGUSR1)), job.words.read_text()
         while job.process.poll() is None:
             job.signal(1, signal.SIGUSR1)

@@ -21,7 +21,7 @@ WHO = ["mpilm-reproducible", "single"]     # peers of several processes train in
 @pytest.mark.slow
 def test_contenders_take_turns_and_json_has_an_object_a_line():
     result = run_nested(2, ["-m", "mpilm.bench", "train", "--json", "--case", "tiny", "--who", ",".join(WHO),
-                            "--rounds", "2", "--steps", "1"], timeout=280)
+                            "--rounds", "2", "--steps", "1", "--precision", "fp32"], timeout=280)
     assert result.rc == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert all(list(line) == ["bench", "case", "who", "value", "unit"] for line in lines)

@@ -29,9 +29,9 @@ SECONDS = 120
 
 
 class Job:
-    """A job of `mpilm.train` on `ranks` ranks; what it says is in `directory`.txt."""
+    """A job of `mpilm.train` on `ranks` ranks, `tuned` as `helpers.start`; what it says is in `directory`.txt."""
 
-    def __init__(self, ranks: int, data: Path, directory: Path, *, ulfm: bool = False,
+    def __init__(self, ranks: int, data: Path, directory: Path, *, ulfm: bool = False, tuned: bool = False,
                  environment: Mapping[str, str] | None = None, program: Sequence[str] = ("mpilm.train",), **changes: Any
                  ) -> None:
         self.directory, self.words = directory, directory.with_suffix(".txt")
@@ -39,7 +39,7 @@ class Job:
         with self.words.open("a") as words:
             args = ["-m", *program, *small_jobs.arguments(data, directory, **options)]
             self.process = helpers.start(ranks, args, launcher=["--with-ft", "ulfm"] if ulfm else (), stdout=words,
-                                         stderr=subprocess.STDOUT, env=environment)
+                                         stderr=subprocess.STDOUT, env=environment, tuned=tuned)
 
     def __enter__(self) -> Job:
         return self
