@@ -1,6 +1,7 @@
 """When the batch system will end this job. Facts only, no MPI.
 
     end = ends_at(os.environ)       seconds since 1970, or None: nobody has set a limit, or nobody can tell
+    end = ends_at(os.environ, again=True)       it may have been put off since the job began
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from collections.abc import Mapping
 ANSWER_S = 20.0     # a batch system that is busy takes its time
 
 
-def ends_at(environ: Mapping[str, str]) -> float | None:
-    """The end of the allocation: Slurm's word in the environment, else what squeue or qstat says."""
-    if environ.get("SLURM_JOB_END_TIME", "").isdecimal():
+def ends_at(environ: Mapping[str, str], *, again: bool = False, patience_s: float = ANSWER_S) -> float | None:
+    """The end of the allocation: Slurm's word in the environment, else, and if it is asked for `again`, what squeue or
+    qstat says within `patience_s` seconds."""
+    if environ.get("SLURM_JOB_END_TIME", "").isdecimal() and not again:
         return float(environ["SLURM_JOB_END_TIME"])
     left = None
     if job := environ.get("SLURM_JOB_ID"):
-        left = seconds(_answer("squeue", "--noheader", "--job", job, "--format", "%L"))
+        left = seconds(_answer(patience_s, "squeue", "--noheader", "--job", job, "--format", "%L"))
     elif job := environ.get("PBS_JOBID"):
-        left = pbs_left(_answer("qstat", "-f", job))
+        left = pbs_left(_answer(patience_s, "qstat", "-f", job))
     return None if left is None else time.time() + left
 
 
-def _answer(*command: str) -> str:
+def _answer(patience_s: float, *command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=patience_s, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

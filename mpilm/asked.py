@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from mpilm.allocation import ends_at
+from mpilm.allocation import ANSWER_S, ends_at
 from mpilm.config import Run
 from mpilm.log import UserError
 
@@ -55,15 +55,17 @@ class Asked:
     def _heed(self, number: int, frame: FrameType | None) -> None:
         self.signal = min(self.signal, number)
 
-    def limit(self) -> Callable[[], float] | None:
-        """Tells the seconds until this job must have ended; None: it need not.
+    def limit(self, *, again: bool = False) -> Callable[[], float] | None:
+        """Tells the seconds until this job must have ended; None: it need not, or nobody can tell.
 
-        What the user allows is counted by a clock that nobody sets; the end of an allocation is a time of day.
+        What the user allows is counted by a clock that nobody sets; the end of an allocation is a time of day. The
+        batch system that is asked `again`, when little is left, must not use that up.
         """
         given = self.config.time_limit_s
         if given:
             return lambda: self.started + given - time.monotonic()
-        end = ends_at(os.environ)
+        patience_s = min(ANSWER_S, self.config.stop_before_s / 4) if again else ANSWER_S
+        end = ends_at(os.environ, again=again, patience_s=patience_s)
         return None if end is None else lambda: end - time.time()
 
 

@@ -20,7 +20,7 @@ from mpi4py import MPI
 from mpilm.asked import NOTHING, Asked
 from mpilm.checkpoint.agreement import Rounds
 from mpilm.comm import p2p
-from mpilm.log import warn
+from mpilm.log import say, warn
 
 AGAIN = 75      # EX_TEMPFAIL of sysexits.h
 TAG = 1
@@ -59,11 +59,21 @@ class Stop:
         self.voted = now
         # An answer comes a step after its question, and what is between them may be a validation.
         margin = self.asked.config.stop_before_s + 2 * (self.save_s + self.between_s)
-        late = self.left is not None and self.left() < margin
+        late = self.left is not None and self.left() < margin and not self._put_off(margin)
         if late and first:
             warn(f"The time is up after two steps: a run ends {margin:,.0f} s before its limit (--run.stop_before_s, "
                  "and what saving takes). Ask for more time.")
         return min(self.asked.signal, self.asked.elsewhere(), TIME if late else NOTHING)
+
+    def _put_off(self, margin: float) -> bool:
+        """Whether the limit is not what it was: people have allocations extended, and suspended jobs get their time
+        back."""
+        left = self.asked.limit(again=True)
+        if left is None or left() < margin:
+            return False
+        self.left = left
+        say(f"The end of the allocation has been put off: {left() / 60:,.0f} minutes are left.")
+        return True
 
 
 class Relay:

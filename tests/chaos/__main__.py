@@ -22,6 +22,7 @@ CAMPAIGNS: dict[str, Campaign] = {
     "kills-saving": saves.killed,
     "damaged-files": files.damaged,
     "stopped-ranks": hangs.stopped,
+    "suspended-jobs": hangs.suspended,
     "soak": soak.soak,
     "refused-writes": storage.refused,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.chaos.jobs import weights
@@ -33,6 +35,20 @@ def test_a_job_that_is_out_of_time_comes_back_and_finishes(submit, undisturbed, 
     assert job["Restarts"] == "1", job.words
     for words in (f"start 1 of job {job.id}", "stopped because the time is up", "code 75", f"start 2 of job {job.id}"):
         assert words in job.words
+    assert weights(tmp_path / "run") == undisturbed
+
+
+def test_a_job_that_is_given_more_time_goes_on(submit, site, undisturbed, tmp_path):
+    """What the environment says is from the beginning, in versions of Slurm that say it there."""
+    if site != "openmpi":
+        pytest.skip("srun has an environment of its own, and jobs/sites no mpirun of MPICH's")
+    said = f"--export=ALL,SLURM_JOB_END_TIME={int(time.time()) + 300}"
+    job = submit("train_requeue", "--nodes=1", "--ntasks-per-node=1", said, site="openmpi_mpirun", **OUT_OF_TIME)
+    job.until(lambda: job["JobState"] == "RUNNING")
+    job.cluster.ask("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    assert job.ends() == ("COMPLETED", 0), job.words
+    assert "The end of the allocation has been put off: " in job.words
+    assert job["Restarts"] == "0", job.words
     assert weights(tmp_path / "run") == undisturbed
 
 
