@@ -38,6 +38,13 @@ def test_a_scalar_begins_with_one():
     assert x.grad is not None and x.grad.tolist() == [2, 2, 2]
 
 
+def test_a_parameter_keeps_the_gradient_it_is_given():
+    """PyTorch copies it for one who gets what somebody else still holds."""
+    parameter, gradient = torch.nn.Parameter(torch.ones(40, 30)), torch.ones(40, 30)
+    torch.autograd.backward(seed(parameter, gradient))
+    assert parameter.grad is not None and parameter.grad.data_ptr() == gradient.data_ptr()
+
+
 def test_another_shape_is_no_gradient():
     with pytest.raises(AssertionError, match=r"3.* and .*2"):
         seed(torch.ones(3, requires_grad=True), torch.ones(2))
