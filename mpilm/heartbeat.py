@@ -137,7 +137,7 @@ class Heart:
     def _outlive(self) -> None:
         """Until then nobody can be asked anything: those who are left get together in good time, or this rank ends."""
         before = self.where.beat()
-        while not self.over.wait(2 * self.timeout_s):
+        while not any(self.over.wait(self.period) for _ in range(2 * BEATS)):   # while it is stopped it has no turns
             if (now := self.where.beat())[:3] == before[:3]:
                 self._tell(f"error: the job hangs: a rank has died, and after {2 * self.timeout_s:g} s those who are "
                            f"left have not met. rank {self.comm.rank}: step {now.step}, {now.doing}\n{stacks()}")

@@ -24,6 +24,7 @@ from mpilm.log import say, warn
 
 AGAIN = 75      # EX_TEMPFAIL of sysexits.h
 TAG = 1
+NOTABLE_S = 30.0    # batch systems count whole seconds, by another clock; people give minutes
 TIME = 1 << 20  # a vote, besides numbers of signals and NOTHING; the smallest counts
 
 
@@ -69,7 +70,7 @@ class Stop:
         """Whether the limit is not what it was: people have allocations extended, and suspended jobs get their time
         back."""
         left = self.asked.limit(again=True)
-        if left is None or left() < margin:
+        if left is None or self.left is None or left() < max(margin, self.left() + NOTABLE_S):
             return False
         self.left = left
         say(f"The end of the allocation has been put off: {left() / 60:,.0f} minutes are left.")

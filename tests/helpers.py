@@ -32,7 +32,6 @@ FOR_NESTED = {
     "OMPI_MCA_btl": "^ofi",
     "OMPI_MCA_mpi_yield_when_idle": "1",    # another run of tests may be beside this one
 }
-MALLOC = "GLIBC_TUNABLES"
 
 # Open MPI's mpirun keeps its files in a folder named by its process id. One that is killed leaves them, and the next
 # launcher that is given the same id cannot start: so each has a place of its own.
@@ -102,7 +101,7 @@ def start(n: int, args: Sequence[str], *, env: Mapping[str, str] | None = None, 
     """
     own = [] if launcher and launcher[0].startswith("/") else [mpirun()]
     command = [*own, *launcher, "-np", str(n)] if n else []
-    environment = clean_environment() | ({} if tuned else {MALLOC: ""}) | dict(env or {})
+    environment = clean_environment() | ({} if tuned else {"GLIBC_TUNABLES": ""}) | dict(env or {})
     with _all_cores():
         return subprocess.Popen([*command, sys.executable, *args], env=environment, stdin=subprocess.DEVNULL, text=True,
                                 errors="replace", start_new_session=True, **options)

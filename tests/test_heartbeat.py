@@ -225,7 +225,7 @@ def test_whoever_was_stopped_itself_has_nothing_to_say_about_others(vigil):
 
 
 @pytest.mark.parametrize("doing", ["_beat", "_listen"])
-def test_wherever_it_was_stopped(tmp_path, monkeypatch, doing):
+def test_wherever_it_was_stopped(comm, tmp_path, monkeypatch, doing):
     going_on, told, turns = getattr(heartbeat.Heart, doing), [], []
     through = threading.Event()
 
@@ -241,7 +241,7 @@ def test_wherever_it_was_stopped(tmp_path, monkeypatch, doing):
     monkeypatch.setattr(heartbeat.Heart, "_tell", lambda heart, report: told.append(report))
     where = heartbeat.Where()
     where.enter("computing")
-    heart = heartbeat.Heart(MPI.COMM_SELF.Dup(), where, timeout_s=1, slow=1.5, directory=tmp_path)
+    heart = heartbeat.Heart(comm, where, timeout_s=1, slow=1.5, directory=tmp_path)
     assert through.wait(60)
     heart.close()
     assert not told

@@ -126,6 +126,16 @@ def test_the_time_limit(data, tmp_path_all, watch):
 
 
 @serial
+@pytest.mark.parametrize(("found", "why"), [(61, "the time is up"), (None, "the time is up"), (600, None)])
+def test_what_a_clock_makes_of_it_puts_no_end_off(comm, monkeypatch, found, why):
+    """Nor does a batch system that does not answer."""
+    told = asked.Asked(Run(stop_before_s=60))
+    monkeypatch.setattr(told, "limit", lambda *, again=False: (found and (lambda: found)) if again else (lambda: 59))
+    ending = stop.Stop(comm, told)
+    assert [ending.after_step(last=False), ending.after_step(last=False)] == [None, why]
+
+
+@serial
 def test_the_allocation_is_the_limit(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "2000000000")
     assert asked.Asked(Run()).limit()() == pytest.approx(2000000000 - time.time(), abs=5)

@@ -28,7 +28,7 @@ BLOCKS, STEPS, LR = 6, 3, 1e-2
 @pytest.fixture(autouse=True)
 def only_updates_are_compiled(monkeypatch, comm):
     """Blocks take longer, and have tests of their own. More ranks than two run what would be compiled as it is: to load
-    a compiler in each takes longer than all the rest, and test_optim.py has sums of any number of gradients."""
+    a compiler in each takes longer than all the rest, and two ranks of four slots compile sums of eight gradients."""
     monkeypatch.setattr(GPT, "compile_parts", lambda part: None)
     if comm.size > 2:
         for module in (optim, _squares):
