@@ -12,7 +12,7 @@ from mpilm.log import UserError
 from tests.helpers import run_nested
 
 pytestmark = pytest.mark.serial
-WHO = ["dp2-level3-ring"]
+WHO = ["whole"]     # jobs of several ranks: test_sharded_bench.py
 
 
 def test_a_name_says_what_is_split():

@@ -50,6 +50,7 @@ def has_always_happened(device: Late) -> None:
     device.happened = lambda event: True
 
 
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.ranks(min=2)
 @pytest.mark.parametrize(("name", "transport", "forget"), [
     ("ring", Direct, never),
@@ -116,6 +117,7 @@ def test_nothing_of_a_device_is_seen_by_chance() -> None:
         values[0]
 
 
+@pytest.mark.turns(at=(3, 4))
 @pytest.mark.parametrize("how", [Direct, Staged])
 @pytest.mark.parametrize("reproducible", [False, True], ids=["fast", "reproducible"])
 @pytest.mark.parametrize("ranks_per_node", [1, 2])

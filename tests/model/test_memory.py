@@ -18,20 +18,13 @@ from tests.memory_cases import SHAPE, kept, part_of
 
 pytestmark = pytest.mark.serial
 
+
 @pytest.mark.parametrize("element", [2, 4])
 @pytest.mark.parametrize(("sequences", "length"), [(3, 40), (2, 256), (1, 512)])
 def test_a_block_keeps_what_is_counted(sequences, length, element):
+    """A compiled one: parallel/test_footprint.py."""
     work = Work(sequences, length, element)
     assert kept(part_of(range(1, 2), work), work) == activations.block(SHAPE, work)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
-def test_a_compiled_block_keeps_what_is_counted():
-    work = Work(2, 256, compiled=True)
-    part = part_of(range(1, 2), work)
-    part.compile_parts()
-    assert kept(part, work) == activations.block(SHAPE, work)
 
 
 def test_a_long_sequence_keeps_no_probabilities():

@@ -103,6 +103,7 @@ def test_other_precisions(comm, dtype, documents):
     check(comm, batch=2, length=2 * comm.size * 40, heads=4, kv_heads=2, width=16, dtype=dtype, documents=documents)
 
 
+@pytest.mark.ranks(max=3)
 def test_messages_that_no_mpi_buffers(comm, watch, monkeypatch):
     """Blocks of some megabytes in many pieces, and every send waits for its receiver."""
     monkeypatch.setattr(arrays, "MESSAGE_BYTES", 300_000)
@@ -163,6 +164,7 @@ def held(ring, *, length):
     return live.most
 
 
+@pytest.mark.ranks(max=3)
 def test_memory_falls_with_the_number_of_ranks(comm, monkeypatch):
     """2,040 tokens: a rank holds its share of what one rank alone would, and four blocks that travel: keys and values
     in hand and coming, gradients that leave and that come. Alone it is far from all scores."""

@@ -103,6 +103,15 @@ def test_a_block_that_is_shared_keeps_what_is_counted(axis, comm):
         everywhere(comm, found == expected, f"{units}: {found} and not {expected}")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")     # the compiler warns of its own code
+def test_a_compiled_block_keeps_what_is_counted():
+    work = Work(2, 256, compiled=True)
+    part = part_of(range(1, 2), work)
+    part.compile_parts()
+    assert kept(part, work) == activations.block(SHAPE, work)
+
+
 def config(**parallel):
     """Of `DEEP`, with 16 micro-batches."""
     return Config(run=Run(reproducible=False), model=Model(layers=14, width=256, heads=8, hidden=704),

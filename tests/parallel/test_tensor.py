@@ -100,6 +100,7 @@ def mine(whole, slices, name):
     return torch.cat([part.cut(tensors[part.tensor]) for part in slices.parts(name)])
 
 
+@pytest.mark.turns(at=(4, 3))
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=10)
 @given(data=st.data(), batch=st.integers(1, 2), length=st.integers(1, 6), documents=st.booleans())
