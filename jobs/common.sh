@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the scripts of this folder share. Not submitted, but sourced, in the folder of the repository. It gives
-#
-#     launch python -m mpilm.train ...     on all ranks of the allocation, in the way of the site
+#     launch python -m mpilm.bench ...     on all ranks of the allocation, in the way of the site
+#     train --run.dir runs/x ...           the same of mpilm.train, again after ranks have died (jobs/again.sh)
 #
 # MPILM_SITE: the settings, jobs/sites/$MPILM_SITE.sh; without it, openmpi.
 # MPILM_VENV: the environment, on a file system that all nodes see; without it, .venv. `none`: python is on PATH.
@@ -32,4 +32,8 @@ fi
 
 launch() {
     "${launcher[@]}" "$@"
+}
+
+train() {
+    jobs/again.sh "${launcher[@]}" python -m mpilm.train "$@"
 }

@@ -26,9 +26,9 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from mpilm import marks
 from mpilm.log import UserError, note
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ GRACE_S = 3.0
 READ_S = 2.0
 PASSED_ON_S, NAPS = 0.05, 6  # several short naps: on a busy machine each of them is longer, as the launcher's turns are
 STDERR = 2
-MARK = "MPILM_ENDED"    # a file that is made when a program has ended well: for launchers that say so whatever happened
 # What a file system says for reasons of its own. ENOENT is not among them: that may well be our mistake.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM,
             errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EMFILE, errno.ENFILE}
@@ -148,6 +147,8 @@ class Guard:
 
     def __enter__(self) -> Guard:
         threading.excepthook = self._thread_failed
+        if self.comm.rank == 0:
+            marks.write(marks.STARTED)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
@@ -194,9 +195,8 @@ class Guard:
                 _print(words)
                 wait_until_read(STDERR)
             raise SystemExit(max(codes))
-        if self.comm.rank == 0 and (mark := os.environ.get(MARK)):
-            with suppress(OSError):
-                Path(mark).touch()
+        if self.comm.rank == 0:
+            marks.write(marks.ENDED)
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
         if failed.exc_value is not None and not issubclass(failed.exc_type, SystemExit):

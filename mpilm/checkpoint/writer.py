@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpilm import marks
 from mpilm.checkpoint import files, retention, tensorfile
 from mpilm.checkpoint.agreement import Rounds, Task, raise_first
 from mpilm.checkpoint.pieces import Piece, deal
@@ -211,8 +212,10 @@ class Writer:
     def _commit(self, job: _Job, records: list[dict[str, Any]] | None) -> list[str]:
         if records is None:
             return []
-        return files.commit(job.place, records, job.meta, self.kept,
-                            write_s=round(time.perf_counter() - job.began, 3))
+        remarks = files.commit(job.place, records, job.meta, self.kept,
+                               write_s=round(time.perf_counter() - job.began, 3))
+        marks.write(marks.SAVED)
+        return remarks
 
     def _conclude(self) -> Saved:
         """It is complete."""

@@ -29,17 +29,18 @@ SECONDS = 120
 
 
 class Job:
-    """A job of `mpilm.train` on `ranks` ranks, `tuned` as `helpers.start`; what it says is in `directory`.txt."""
+    """A job of `mpilm.train` on `ranks` ranks, `launcher` and `tuned` as `helpers.start`; what it says is in
+    `directory`.txt."""
 
     def __init__(self, ranks: int, data: Path, directory: Path, *, ulfm: bool = False, tuned: bool = False,
-                 environment: Mapping[str, str] | None = None, program: Sequence[str] = ("mpilm.train",), **changes: Any
-                 ) -> None:
+                 launcher: Sequence[str] = (), environment: Mapping[str, str] | None = None,
+                 program: Sequence[str] = ("mpilm.train",), **changes: Any) -> None:
         self.directory, self.words = directory, directory.with_suffix(".txt")
         options = OPTIONS | changes
         with self.words.open("a") as words:
             args = ["-m", *program, *small_jobs.arguments(data, directory, **options)]
-            self.process = helpers.start(ranks, args, launcher=["--with-ft", "ulfm"] if ulfm else (), stdout=words,
-                                         stderr=subprocess.STDOUT, env=environment, tuned=tuned)
+            self.process = helpers.start(ranks, args, launcher=[*launcher, *(["--with-ft", "ulfm"] if ulfm else [])],
+                                         stdout=words, stderr=subprocess.STDOUT, env=environment, tuned=tuned)
 
     def __enter__(self) -> Job:
         return self

@@ -116,8 +116,7 @@ class Cluster:
             self.until((self.directory / "munge.socket").exists, "munged has no socket")
             self._start("slurmctld", "-D")
             for node in NODES:
-                self._start("unshare", "--uts", "sh", "-c", f"hostname {node} && exec {_which('slurmd')} -D -N {node}",
-                            name=node)
+                self.start_node(node)
             self.until(lambda: self.ask("sinfo", "-h", "-N", "-o", "%T", "-p", "normal").split() == ["idle"] * 2,
                        "not all nodes are idle")
         except BaseException:
@@ -128,6 +127,17 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
                  ) -> None:
         self._end()
+
+    def start_node(self, node: str) -> None:
+        """A node comes up."""
+        daemon = f"hostname {node} && exec {_which('slurmd')} -D -N {node}"
+        self._start("unshare", "--uts", "sh", "-c", daemon, name=node)
+
+    def lose_node(self, node: str) -> None:
+        """A node goes down: all that ran there is gone, and Slurm has noticed."""
+        helpers.kill(self.processes(node))
+        self.daemons.pop(node).wait(timeout=5)
+        self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
     def _start(self, program: str, *options: str, name: str = "") -> None:
         """Start a daemon, which ends when the tests do, however they end."""
@@ -151,12 +161,15 @@ class Cluster:
         for daemon in self.daemons.values():
             daemon.wait(timeout=5)
 
-    def processes(self) -> list[int]:
-        """Processes that have this cluster's configuration in their environment: daemons, and what they started."""
+    def processes(self, node: str = "") -> list[int]:
+        """Processes that have this cluster's configuration in their environment: daemons, and what they started; all,
+        or those of one node."""
         mark, found = f"SLURM_CONF={self.directory}/".encode(), []
+        there = {mark + f"{node}/slurm.conf".encode(), f"SLURMD_NODENAME={node}".encode()}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if any(word.startswith(mark) for word in (entry / "environ").read_bytes().split(b"\0")):
+                words = set((entry / "environ").read_bytes().split(b"\0"))
+                if any(word.startswith(mark) for word in words) and (not node or words & there):
                     found.append(int(entry.name))
         return found
 

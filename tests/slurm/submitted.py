@@ -24,7 +24,8 @@ def settings(site: str, directory: Path) -> dict[str, str]:
     """What the scripts read from the environment: this Python's, and the settings of its MPI, which keeps its files in
     `directory`."""
     is_environment = (Path(sys.prefix) / "bin" / "activate").exists()
-    return {"MPILM_SITE": site, "MPILM_VENV": sys.prefix if is_environment else "none", **GIVE_WAY, **files(directory)}
+    return {"MPILM_SITE": site, "MPILM_VENV": sys.prefix if is_environment else "none", "MPILM_PAUSE_S": "1",
+            **GIVE_WAY, **files(directory)}
 
 
 def files(directory: Path) -> dict[str, str]:

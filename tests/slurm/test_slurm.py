@@ -52,6 +52,18 @@ def test_a_job_that_is_given_more_time_goes_on(submit, site, undisturbed, tmp_pa
     assert weights(tmp_path / "run") == undisturbed
 
 
+def test_a_node_goes_down(submit, slurm, tmp_path):
+    """And comes back with what Slurm had there, a socket of the first start among it, by which it fails once more."""
+    job = submit("train_many_nodes", "--nodes=2", "--ntasks-per-node=1", **{"run.steps": 150, "checkpoint.every": 20})
+    job.until(lambda: steps(tmp_path / "run") > 50)
+    slurm.lose_node("n2")
+    job.until(lambda: job["Restarts"] == "1")
+    slurm.start_node("n2")
+    assert job.ends() == ("COMPLETED", 0), job.words
+    assert "resumed from" in job.words
+    assert weights(tmp_path / "run").startswith("150 ")
+
+
 def test_what_fails_stays_away(submit):
     job = submit("train_requeue", "--nodes=1", **{"run.stop_signals": "NONE"})
     assert job.ends() == ("FAILED", 2), job.words
