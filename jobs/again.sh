@@ -20,7 +20,7 @@ if ! : >"$MPILM_MARKS"; then # the program leaves its marks there: started, save
 fi
 pause_s=${MPILM_PAUSE_S:-10} # before a launcher that failed has another try
 trap 'rm -f "$MPILM_MARKS"' EXIT
-trap 'told=yes' INT TERM USR1
+trap 'told=yes' HUP INT TERM USR1
 told='' saved='' tries=0
 
 marked() {
