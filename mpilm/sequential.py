@@ -30,6 +30,7 @@ from mpilm.parallel.losses import Losses
 from mpilm.parallel.pipeline import Pipeline
 from mpilm.parallel.share import broadcast, require_alike
 from mpilm.sync import Synchronizer
+from mpilm.trainer import tell_skip
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -136,6 +137,7 @@ class Model:
         self.sync.step(self.update)
         self.grad_norm = self.sync.grad_norm
         self.steps_done += 1
+        tell_skip(self.steps_done, self.update, self.grad_norm)
         if self.update.skipped_in_a_row >= self.config.run.max_skipped:
             raise UserError(f"Step {self.steps_done}: the gradient norm was NaN or infinite "
                             f"{self.update.skipped_in_a_row} times in a row. Lower optim.lr {self.config.optim.lr}, or "

@@ -203,16 +203,20 @@ def heed_skips(config: Config, step: int, update: Update, grad_norm: float, *, w
     Raises:
         UserError: Those of `run.max_skipped` steps were, one after the other.
     """
-    if not update.skipped_in_a_row:
-        return
-    say(f"step {step}: the gradient norm is {grad_norm}; step skipped ({update.skipped_in_a_row} in a row, "
-        f"{update.skipped} in all)")
+    tell_skip(step, update, grad_norm)
     limit, optim = config.run.max_skipped * (workers if layout.staleness(config) else 1), config.optim
     if update.skipped_in_a_row >= limit:
         raise UserError(f"Step {step}: the gradient norm was NaN or infinite {limit} times in a row. Lower --optim.lr "
                         f"{optim.lr}, raise --optim.warmup_steps {optim.warmup_steps}, or look at the data of these "
                         "steps. Nothing was saved meanwhile. If the same command fails again, what the newest "
                         "checkpoint has was lost before: give an older one to --run.resume, and another --run.dir.")
+
+
+def tell_skip(step: int, update: Update, grad_norm: float) -> None:
+    """Say that the last update was left out, if it was."""
+    if update.skipped_in_a_row:
+        say(f"step {step}: the gradient norm is {grad_norm}; step skipped ({update.skipped_in_a_row} in a row, "
+            f"{update.skipped} in all)")
 
 
 class Window:

@@ -55,6 +55,23 @@ def test_other_options_have_the_bits_of_one_rank_too(options, comm):
         everywhere(comm, same(expected, course(model)), str(options))
 
 
+def test_a_step_without_a_finite_gradient_is_skipped_and_told(comm, capsys):
+    """Until there are too many in a row; weights stay as they were."""
+    inputs, labels = examples()
+    inputs[:] = np.nan
+    config = configuration(pp=comm.size)
+    config.run.max_skipped = 2
+    with hybrid.model(perceptron(), nn.functional.cross_entropy, inputs, labels, config) as model:
+        before = model.state_dict()
+        model.step()
+        told = capsys.readouterr().out
+        everywhere(comm, comm.rank > 0 or "step 1: the gradient norm is nan; step skipped (1 in a row" in told, told)
+        with pytest.raises(UserError, match="NaN or infinite 2 times in a row"):
+            model.step()
+        after = model.state_dict()
+        everywhere(comm, all(torch.equal(value, after[name]) for name, value in before.items()))
+
+
 def plain(inputs, labels):
     """Gradients of the mean loss of these examples by PyTorch alone: name -> array."""
     model = smooth()
