@@ -65,7 +65,7 @@ def test_mpirun_passes_signals_on_and_is_not_believed_when_nobody_is_left(submit
         os.kill(victim, signal.SIGKILL)
     assert job.ends() == ("FAILED", 1), job.words
     assert "no rank came to the end" in job.words
-    assert not list(helpers.REPOSITORY.glob(".marks-*"))
+    assert not list(helpers.REPOSITORY.glob(f".marks-{job.id}-*"))
 
 
 def rank(number, job):
