@@ -84,7 +84,7 @@ def check_shard(folder: Path, index: Index, split: str, number: int) -> None:
     if file_sha256(path) != shard.sha256:
         raise damaged(path, "damaged: its SHA-256 is not the one in the index")
     first = index.first_documents(split)[number]
-    tokens, documents, _ = open_shard(folder, index, split, number, first_document=first)
+    tokens, documents, *_ = open_shard(folder, index, split, number, first_document=first)
     if _checksum(tokens, documents) != stored_checksum(path):
         raise damaged(path, "damaged: its content does not fit its `checksum` attribute")
     if problem := _nonsense(tokens, documents, max_token=shard.max_token, end_of_text=index.end_of_text):

@@ -19,7 +19,7 @@ from mpi4py import MPI
 from mpilm.comm.devices import HOST, Device
 from mpilm.config import Config
 from mpilm.launch import World
-from mpilm.log import UserError, warn
+from mpilm.log import UserError, counted, say, warn
 from mpilm.model import count, precision, products
 from mpilm.model.shape import Shape
 
@@ -67,8 +67,7 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
         UserError: `run.compile on` where a rank has no C++ compiler; `run.precision fp8` where the device or the model
             is not made for it.
     """
-    threads = config.run.threads or (1 if config.run.reproducible else world.threads)
-    torch.set_num_threads(threads)
+    threads = set_threads(config, world)
     given = recorded.get("precision") if config.run.precision == "auto" else config.run.precision
     given = world.comm.bcast(given)
     if given == precision.FP8:
@@ -80,6 +79,18 @@ def decide(config: Config, world: World, shape: Shape, recorded: Mapping[str, An
     _warn_of_changes(decision, recorded)
     _warn_of_mixed_machines(decision, world)
     return decision, speeds[precision.carrier(chosen)]
+
+
+def set_threads(config: Config, world: World) -> int:
+    """Settle how many threads this rank computes with, and say so where that is not its share of the cores. Local."""
+    threads = config.run.threads or (1 if config.run.reproducible else world.threads)
+    torch.set_num_threads(threads)
+    if threads != world.threads:
+        why = ("as --run.threads says" if config.run.threads else
+               "so that the bits do not depend on it: start a rank for each core, or type --run.threads or "
+               "--run.reproducible false")
+        say(f"each rank computes with {counted(threads, 'thread')} instead of {world.threads}, {why}")
+    return threads
 
 
 def _speeds(names: Iterable[str], device: str, threads: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from mpilm.config import Config
 from mpilm.data._files import write_bytes
 from mpilm.data.loader import Loader
 from mpilm.data.sampler import Sampler
+from mpilm.data.scan import scan
 from mpilm.data.shards import Dataset
 from mpilm.heartbeat import Pulse
 from mpilm.launch import World, on_root
@@ -87,6 +88,7 @@ def program(config: Config, world: World, asked: Asked | None = None, past: Past
     alike.require_dataset(world.comm, config.data.path, dataset.fingerprint)
     shape = shape_of(config, dataset.vocab_size)
     layout.check(config, shape, world.size)
+    scan([dataset, open_split(config, "validation")], world.comm, config.run.dir)
     transport = device.transport(config, world)
     room.check(shape, world, device.memory(world, transport.device))
     reader = resume.find(config, world.comm, again=past is not None)
@@ -261,11 +263,8 @@ def restore(core: Core, shape: Shape, config: Config, reader: Reader | None) -> 
 
 def _loader(config: Config, dataset: Dataset, slots: range) -> Loader:
     data = config.data
-    sequences = (dataset.num_tokens - 1) // data.sequence_length
-    if sequences < 1:
-        raise UserError(f"{data.path}: {dataset.num_tokens} training tokens are less than one sequence of "
-                        f"--data.sequence_length {data.sequence_length}.")
-    sampler = Sampler(sequences, global_batch_size=data.global_batch_size, seed=config.run.seed)
+    sampler = Sampler(dataset.num_sequences(data.sequence_length), global_batch_size=data.global_batch_size,
+                      seed=config.run.seed)
     return Loader(dataset, sampler, sequence_length=data.sequence_length, micro_batch_size=data.micro_batch_size,
                   slots=slots, mask_documents=data.mask_documents)
 

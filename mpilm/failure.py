@@ -5,7 +5,8 @@
     UserError on some ranks only            after a moment's grace the same message, labelled, then MPI_Abort: code 2
     a file system that refuses              as a UserError: a full disk is no bug of the program
     EndError on every rank                  the words, once; every rank exits with its code
-    a non-zero SystemExit                   labelled, then MPI_Abort with its code
+    a non-zero SystemExit, on any thread    labelled, then MPI_Abort with its code
+    sys.exit(0) on some ranks only          they wait for the others, and say so after a while
     Ctrl-C                                  "interrupted"; code 130
 
 An exception on one rank must not leave the others waiting in a collective for ever, so none of this is optional. It
@@ -25,20 +26,21 @@ import termios
 import threading
 import time
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mpilm import marks
 from mpilm.log import UserError, note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from mpi4py import MPI
 
 T = TypeVar("T")
 USER_ERROR, INTERRUPTED = 2, 130
 GRACE_S = 3.0
+PATIENCE_S = 30.0   # for those who have not called sys.exit(0)
 READ_S = 2.0
 PASSED_ON_S, NAPS = 0.05, 6  # several short naps: on a busy machine each of them is longer, as the launcher's turns are
 STDERR = 2
@@ -154,8 +156,12 @@ class Guard:
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
         """Leave together: returns when every rank's body has ended well, otherwise ends the job."""
         threading.excepthook = self._thread_hook
-        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        if error is None:
             self._leave(0, None, grace_s=float("inf"))
+        elif isinstance(error, SystemExit) and error.code in (None, 0):
+            with _told_after(PATIENCE_S, f"{self.label} has called sys.exit(0) and waits for the other ranks, which "
+                                         "may be waiting for it"):
+                self._leave(0, None, grace_s=float("inf"))
         elif mistake := as_mistake(error):
             self._leave(USER_ERROR, f"error: {mistake}", grace_s=GRACE_S)
         elif isinstance(error, EndError):
@@ -163,7 +169,7 @@ class Guard:
         elif isinstance(error, KeyboardInterrupt):
             self._leave(INTERRUPTED, "interrupted", grace_s=GRACE_S)
         elif isinstance(error, SystemExit):
-            self._abort(error.code if isinstance(error.code, int) else 1, f"exits with {error.code!r}")
+            self._abort(_code(error), f"exits with {error.code!r}")
         else:
             if isinstance(error, RankError) and error.origin != self.comm.rank:
                 time.sleep(GRACE_S)  # the rank that knows more speaks first, and ends us all
@@ -199,11 +205,14 @@ class Guard:
             marks.write(marks.ENDED)
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
-        if failed.exc_value is not None and not issubclass(failed.exc_type, SystemExit):
-            name = failed.thread.name if failed.thread else "?"
-            if mistake := as_mistake(failed.exc_value):
+        error, name = failed.exc_value, failed.thread.name if failed.thread else "?"
+        if isinstance(error, SystemExit):
+            if error.code not in (None, 0):
+                self._abort(_code(error), f"in thread {name}: exits with {error.code!r}")
+        elif error is not None:
+            if mistake := as_mistake(error):
                 self._abort(USER_ERROR, f"error: in thread {name}: {mistake}")
-            self._abort(1, f"in thread {name}:\n{_traceback(failed.exc_value)}")
+            self._abort(1, f"in thread {name}:\n{_traceback(error)}")
 
     def _abort(self, code: int, text: str) -> NoReturn:
         from mpi4py import MPI
@@ -213,6 +222,22 @@ class Guard:
         code = code & 0xFF or 1     # a system keeps no more of it, and 256 would be 0
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)
+
+
+@contextmanager
+def _told_after(seconds: float, text: str) -> Iterator[None]:
+    """Say so unless this block ends before."""
+    timer = threading.Timer(seconds, _print, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _code(error: SystemExit) -> int:
+    return error.code if isinstance(error.code, int) else 1
 
 
 def _traceback(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 from mpilm.log import UserError
@@ -21,14 +22,19 @@ def names(package: str) -> list[str]:
                   if not module.name.startswith("_") and not module.ispkg)
 
 
-def get(package: str, name: str, *, option: str) -> Any:
+def get(package: str, name: str, *, option: str, also: Sequence[str] = ()) -> Any:
     """The class in the file of that name.
+
+    Args:
+        option: What it was given to.
+        also: What that takes besides.
 
     Raises:
         UserError: There is no such file; the message lists those there are.
     """
     if name not in names(package):
-        raise UserError(f"--{option} {name}: there is no such choice; give one of {', '.join(names(package))}.")
+        choices = ", ".join([*also, *names(package)])
+        raise UserError(f"--{option} {name}: there is no such choice; give one of {choices}.")
     module = importlib.import_module(f"{package}.{name}")
     return getattr(module, "".join(word.capitalize() for word in name.split("_")))
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpilm import assemble, optim, options
+from mpilm import arithmetic, assemble, optim, options
 from mpilm.comm import order
 from mpilm.comm.mesh import Mesh
 from mpilm.config import Config
@@ -46,7 +46,7 @@ def build(layers: nn.Sequential | Sequence[nn.Module], loss: Loss, inputs: Any, 
                         "and go; give level 2.")
     if config.run.precision == precision.FP8:
         raise UserError("run.precision fp8: layers of your own multiply as they are made to; give bf16 or fp32.")
-    torch.set_num_threads(config.run.threads or (1 if config.run.reproducible else world.threads))
+    arithmetic.set_threads(config, world)
     named = deal.named(layers)
     data = _arrays(inputs, targets)
     require_alike(world.comm, _signature(named, data), "layers, inputs and targets")

@@ -62,6 +62,14 @@ def main():
             sys.exit(256)
         if mode == "exit well":
             sys.exit(0)
+        if mode == "exit well alone" and last:
+            failure.PATIENCE_S = 0.2
+            sys.exit(0)
+        if mode == "exit well alone":
+            time.sleep(2.5)
+            return
+        if mode == "exit of a thread" and last:
+            threading.Thread(target=sys.exit, args=(5,), name="loader").start()
         if mode == "thread" and last:
             threading.Thread(target=loader, name="loader").start()
         if mode == "interrupt" and last:
@@ -72,7 +80,7 @@ def main():
             os.kill(os.getpid(), signal.SIGSEGV)
         if mode == "slow":
             say("ready")
-        if mode in ("thread", "slow"):
+        if mode in ("thread", "slow", "exit of a thread"):
             time.sleep(600)
         world.comm.Barrier()
         say("all through")
@@ -139,6 +147,7 @@ def test_more_threads_than_any_machine_has_are_refused(program):
     ("interrupt everywhere", 130, "interrupted"),
     ("exit", 7, "[rank 1 on {host}] exits with 7"),
     ("exit 256", 1, "[rank 1 on {host}] exits with 256"),
+    ("exit of a thread", 5, "[rank 1 on {host}] in thread loader: exits with 5"),
 ])
 def test_what_a_user_did_is_told_once_without_traceback(program, mode, rc, told):
     result = program(mode)
@@ -172,7 +181,16 @@ def test_a_crash_shows_where_python_was(program):
 
 @serial
 def test_exit_zero_is_no_failure(program):
-    assert program("exit well").rc == 0
+    result = program("exit well")
+    assert (result.rc, result.stderr) == (0, "")
+
+
+@serial
+def test_exit_zero_of_one_rank_is_told_while_it_waits(program):
+    """The others may be in a collective that it will never join."""
+    result = program("exit well alone")
+    assert result.rc == 0, result
+    assert result.stderr.count(f"[rank 1 on {os.uname().nodename}] has called sys.exit(0) and waits") == 1, result
 
 
 @serial

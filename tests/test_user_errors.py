@@ -9,6 +9,7 @@ import re
 import sched
 import shlex
 
+import h5py
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -226,6 +227,20 @@ def test_ranks_that_were_given_other_options(comm, data, tmp_path_all):
     """A mixture would train, and be saved as good."""
     with pytest.raises(UserError, match=r"(?s)rank 1: the options are not .*optim\.lr: expected 0\.5"):
         train_here(data, tmp_path_all / "run", **{"optim.lr": 0.5 / (1 + comm.rank)})
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_token_that_the_vocabulary_does_not_have(comm, tmp_path_all, split):
+    """Found before the first step, though none of the two steps would draw it."""
+    mine = tmp_path_all / "tokens"
+    if comm.rank == 0:
+        datasets.small(mine)
+        with h5py.File(mine / f"{split}-00000.h5", "r+") as file:
+            file["tokens"][-1] = datasets.VOCAB_SIZE
+    comm.Barrier()
+    with pytest.raises(UserError, match=rf"{split}-00000.h5: holds token 257, but the vocabulary has 257 entries"):
+        train_here(mine, tmp_path_all / "run")
+    assert not (tmp_path_all / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.ranks(min=2, max=2)

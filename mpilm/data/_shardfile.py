@@ -24,6 +24,7 @@ import numpy as np
 from mpilm.data._files import file_sha256, sync
 from mpilm.data._format import FORMAT, VERSION, Index, Shard, damaged
 from mpilm.log import UserError
+from mpilm.named import named
 
 MAX_ATTRIBUTE_BYTES = 1024
 
@@ -97,11 +98,13 @@ def stored_checksum(path: Path) -> str:
 
 
 class Mapped(NamedTuple):
-    """A shard in memory: tokens [num_tokens], documents [num_documents] int64, and the mapped file itself."""
+    """A shard in memory: tokens [num_tokens], documents [num_documents] int64, and the mapped file itself, in which the
+    tokens begin at byte `begin`."""
 
     tokens: np.ndarray
     documents: np.ndarray
     file: mmap.mmap
+    begin: int
 
 
 def open_shard(folder: Path, index: Index, split: str, number: int, *, first_document: int) -> Mapped:
@@ -133,7 +136,19 @@ def open_shard(folder: Path, index: Index, split: str, number: int, *, first_doc
     if shard.max_token >= index.vocab_size:
         raise damaged(path, f"holds token {shard.max_token}, but the vocabulary has {index.vocab_size} entries")
     return Mapped(np.frombuffer(mapped, index.dtype, shard.num_tokens, tokens),
-                  np.frombuffer(mapped, "<i8", shard.num_documents, documents), mapped)
+                  np.frombuffer(mapped, "<i8", shard.num_documents, documents), mapped, tokens)
+
+
+def read_tokens(path: Path, shard: Mapped, start: int, count: int) -> np.ndarray:
+    """Tokens [start, start + count) in memory of their own; fewer where the file ends before.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    tokens = np.empty(count, shard.tokens.dtype)
+    with named(path), open(path, "rb") as file:
+        file.seek(shard.begin + start * tokens.itemsize)
+        return tokens[:file.readinto(tokens.data) // tokens.itemsize]
 
 
 def _map(path: Path, size: int) -> mmap.mmap:

@@ -5,8 +5,9 @@
     data.windows([0, 5000], 257)     # two such windows at once, [2, 257] int64
 
 Invariant: whatever can be wrong with the files as a whole (missing, truncated, foreign, newer, another tokenizer's) is
-found by `open`, before the first step, without reading the tokens. Every byte is checked by data_prep.verify. What
-happens to them later (cut short by a copy that goes on, say) is found by whoever reads them.
+found by `open`, without reading the tokens; what is wrong with a token by `scan`, which looks at all of them before the
+first step (scan.py). Every byte is checked by data_prep.verify. What happens to the files later (cut short by a copy
+that goes on, say) is found by whoever reads them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mpilm.data._format import MAX_TOKENIZER_BYTES, SPLITS, TOKENIZER, Index, damaged, read_index, shard_name
-from mpilm.data._shardfile import Mapped, open_shard
+from mpilm.data._shardfile import Mapped, open_shard, read_tokens
 from mpilm.log import UserError
 
 
@@ -32,6 +33,7 @@ class Dataset:
         dtype: Type of the tokens on disk, uint16 or uint32.
         fingerprint: SHA-256 that names the dataset, both splits of it.
         tokenizer_path, tokenizer_hash: The tokenizer.json in the folder, and its SHA-256.
+        shards: The files, in order.
     """
 
     def __init__(self, path: Path, split: str, index: Index, shards: list[Mapped]) -> None:
@@ -43,7 +45,7 @@ class Dataset:
         self.dtype = np.dtype(index.dtype)
         self.fingerprint = index.fingerprint
         self.tokenizer_path, self.tokenizer_hash = path / TOKENIZER, index.tokenizer_sha256
-        self._shards = shards
+        self.shards = shards
         self._bytes = [line.bytes for line in lines]
         self._shard_tokens = lines[0].num_tokens if lines else 1
         self._first_document = index.first_documents(split)
@@ -86,7 +88,7 @@ class Dataset:
         while count > 0:
             number, offset = divmod(start, self._shard_tokens)
             self._require_whole([number])
-            pieces.append(self._shards[number].tokens[offset:offset + count])
+            pieces.append(self.shards[number].tokens[offset:offset + count])
             start, count = start + pieces[-1].size, count - pieces[-1].size
         if len(pieces) == 1:
             return pieces[0]
@@ -111,7 +113,7 @@ class Dataset:
 
     def _touched(self, starts: np.ndarray, length: int) -> set[int]:
         """The shards that windows lie in."""
-        if len(self._shards) == 1 and starts.size:
+        if len(self.shards) == 1 and starts.size:
             return {0}
         ends = set((np.concatenate([starts, starts + max(0, length - 1)]) // self._shard_tokens).tolist())
         return set(range(min(ends), max(ends) + 1)) if length > self._shard_tokens and ends else ends
@@ -120,9 +122,9 @@ class Dataset:
         """A mapped file that was cut short has no memory behind its lost end: reading there is a SIGBUS, which nobody
         can catch, or gives zeros. So its size is looked at before and after."""
         for number in numbers:
-            size = self._shards[number].file.size()
+            size = self.shards[number].file.size()
             if size != self._bytes[number]:
-                raise damaged(self.path / shard_name(self.split, number), "was changed while it was being read: "
+                raise damaged(self.shard_path(number), "was changed while it was being read: "
                               f"{size:,} bytes, should be {self._bytes[number]:,}")
 
     def _gather(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -142,14 +144,34 @@ class Dataset:
         """Every window of a shard as a row: a view with overlapping rows, no memory of its own."""
         key = (number, length)
         if key not in self._views:
-            self._views[key] = np.lib.stride_tricks.sliding_window_view(self._shards[number].tokens, length)
+            self._views[key] = np.lib.stride_tricks.sliding_window_view(self.shards[number].tokens, length)
         return self._views[key]
 
     def _name_bad_token(self, starts: np.ndarray, rows: np.ndarray) -> None:
         row, column = (int(found[0]) for found in np.nonzero(rows >= self.vocab_size))
         number = (int(starts[row]) + column) // self._shard_tokens
-        path = self.path / shard_name(self.split, number)
-        raise damaged(path, f"holds token {rows[row, column]}, but the vocabulary has {self.vocab_size} entries")
+        raise self._bad_token(number, rows[row, column])
+
+    def _bad_token(self, number: int, token: int) -> UserError:
+        return damaged(self.shard_path(number),
+                       f"holds token {token}, but the vocabulary has {self.vocab_size} entries")
+
+    def shard_path(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.path / shard_name(self.split, number)
+
+    def scan(self, number: int, start: int, count: int) -> int:
+        """Look at the tokens [start, start + count) of a shard, read from the file; return how many bytes that were.
+
+        Raises:
+            UserError: One is not in the vocabulary, or the file was cut short.
+        """
+        tokens = read_tokens(self.shard_path(number), self.shards[number], start, count)
+        if tokens.size < count:
+            raise damaged(self.shard_path(number), "ends before its last token")
+        if count and (token := int(tokens.max())) >= self.vocab_size:
+            raise self._bad_token(number, token)
+        return tokens.nbytes
 
     def documents(self, start: int, count: int) -> np.ndarray:
         """The number of the document, within the split, of every token in [start, start + count): [count] int64."""
@@ -158,18 +180,18 @@ class Dataset:
         pieces = [np.empty(0, np.int64)]
         while count > 0:
             number, offset = divmod(start, self._shard_tokens)
-            size = min(count, self._shards[number].tokens.size - offset)
+            size = min(count, self.shards[number].tokens.size - offset)
             self._require_whole([number])
             pieces.append(self._documents(number, offset, size))
             start, count = start + size, count - size
         return np.concatenate(pieces)
 
     def _documents(self, number: int, offset: int, count: int) -> np.ndarray:
-        begins = self._shards[number].documents
+        begins = self.shards[number].documents
         low, high = np.searchsorted(begins, [offset, offset + count])
         inside = begins[low:high] - offset
         if inside.size and (inside[0] < 0 or inside[-1] >= count or (np.diff(inside) <= 0).any()):
-            raise damaged(self.path / f"{self.split}-{number:05d}.h5", "its document offsets are not in order")
+            raise damaged(self.shard_path(number), "its document offsets are not in order")
         marks = np.zeros(count, np.int64)
         marks[inside] = 1
         return np.cumsum(marks) + (self._first_document[number] + low - 1)

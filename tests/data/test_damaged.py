@@ -98,7 +98,7 @@ def test_as_many_shards_as_files_may_be_open(folder):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with(2), hard))
         with pytest.raises(UserError, match=r"Too many open files.*ulimit -n"):
             Dataset.open(folder)
-        assert len(data._shards) == number > 3
+        assert len(data.shards) == number > 3
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

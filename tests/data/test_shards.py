@@ -30,7 +30,7 @@ def test_reads_what_was_written(dataset, texts):
     assert dataset.num_tokens == tokens.size
     assert dataset.num_documents == 60
     assert dataset.dtype == np.uint16
-    assert len(dataset._shards) > 5
+    assert len(dataset.shards) > 5
     assert np.array_equal(dataset.read(0, tokens.size), tokens)
     for start, count in ((0, 0), (699, 1), (699, 2), (700, 700), (690, 1500), (tokens.size, 0), (tokens.size - 1, 1)):
         assert np.array_equal(dataset.read(start, count), tokens[start:start + count])

@@ -63,7 +63,7 @@ def test_shards_are_few_and_of_one_size(tmp_path, tokenizer):
     assert sorted(contents(one)) == ["index.json", "tokenizer.json", "train-00000.h5"]
     cut = Dataset.open(alone([source], tokenizer, tmp_path / "cut"))
     whole = Dataset.open(alone([source], tokenizer, tmp_path / "whole", Settings(validation=0.1)))
-    assert [shard.tokens.size for shard in cut._shards[:-1]] == [int(0.004 * 2**20) // 2] * (len(cut._shards) - 1)
+    assert [shard.tokens.size for shard in cut.shards[:-1]] == [int(0.004 * 2**20) // 2] * (len(cut.shards) - 1)
     assert np.array_equal(cut.read(0, cut.num_tokens), whole.read(0, whole.num_tokens))
     assert np.array_equal(cut.documents(0, cut.num_tokens), whole.documents(0, whole.num_tokens))
 

@@ -26,5 +26,5 @@ def get(name: str) -> type[Collective]:
     Raises:
         UserError: There is none; the message lists those there are.
     """
-    found: type[Collective] = menu.get(__name__, name, option="sync.collective")
+    found: type[Collective] = menu.get(__name__, name, option="sync.collective", also=["auto"])
     return found
