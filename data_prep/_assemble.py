@@ -51,14 +51,21 @@ class Assembly:
         """Tokens of a split."""
         return self._tokens[split][-1]
 
+    @property
+    def bytes_left(self) -> int:
+        """Of tokens in shards that are not written yet."""
+        left = [(split, number) for split, number in self.shards if not self._record(split, number).exists()]
+        tokens = sum(min(self._shard_tokens, self.num_tokens(split) - number * self._shard_tokens)
+                     for split, number in left)
+        return tokens * np.dtype(self._encoder.dtype).itemsize
+
     def num_documents(self, split: str) -> int:
         """Documents of a split."""
         return self._documents[split][-1]
 
     def write(self, split: str, number: int) -> Shard:
         """Write one shard, or find that it is written already, and return its line of the index."""
-        path = self._folder / shard_name(split, number)
-        record = self._parts / f"{path.name}.json"
+        path, record = self._folder / shard_name(split, number), self._record(split, number)
         if (shard := _finished(record, path)) is not None:
             return shard
         start = number * self._shard_tokens
@@ -70,6 +77,9 @@ class Assembly:
         shard = write(path, values, self._chunks(split, start, stop), begins)
         write_json(record, vars(shard))
         return shard
+
+    def _record(self, split: str, number: int) -> Path:
+        return self._parts / f"{shard_name(split, number)}.json"
 
     def index(self, lines: Sequence[Shard]) -> Index:
         """The index of all shards, whose lines come in the order of `shards`."""

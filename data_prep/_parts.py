@@ -82,8 +82,10 @@ class _Output:
     """The token file of one split of a unit, and beside it where its documents begin."""
 
     def __init__(self, stem: Path, encoder: Encoder) -> None:
-        self._tokens = open(f"{stem}.tokens", "wb")  # noqa: SIM115 (open until the unit is done)
-        self._documents = open(f"{stem}.documents", "wb")  # noqa: SIM115
+        with ExitStack() as stack:
+            self._tokens = stack.enter_context(open(f"{stem}.tokens", "wb"))
+            self._documents = stack.enter_context(open(f"{stem}.documents", "wb"))
+            self._files = stack.pop_all()   # open until the unit is done; on a full disk closing fails too, of each
         self._dtype, self._end = encoder.dtype, encoder.end_of_text
         self._num_tokens = self._num_documents = 0
 
@@ -107,5 +109,4 @@ class _Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tokens.close()
-        self._documents.close()
+        self._files.close()

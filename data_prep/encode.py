@@ -9,7 +9,6 @@ moment, the same command goes on where it was. The result does not depend on the
 from __future__ import annotations
 
 import argparse
-import errno
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING
 from data_prep import _job, _sources, _units
 from data_prep._progress import Progress
 from data_prep._readers import BAD
+from mpilm import disk
 from mpilm.data._format import INDEX, SPLITS, TOKENIZER, UNFINISHED
-from mpilm.launch import command, on_root, session
+from mpilm.launch import command, make_directory, on_root, session
 from mpilm.lock import locked
 from mpilm.log import UserError, counted, say, warn
 
@@ -133,19 +133,21 @@ def encode(inputs: Sequence[str | Path], tokenizer: str | Path, to: str | Path, 
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: Path, needed: str = "") -> Iterator[None]:
     """A full or read-only disk is no bug: say which file, and that the work is not lost."""
     try:
         yield
     except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        what = error.strerror or str(error)
+        if error.errno in disk.FULL:
+            what = f"the disk is full, or your share of it: {disk.free(folder)} are free{needed and f', {needed}'}"
         raise UserError(f"{error.filename or folder}: {what}. When that is mended, run the same command again: it goes "
                         "on where it was.") from None
 
 
 def _lock(stack: ExitStack, folder: Path, wait_s: float) -> None:
+    make_directory(folder, option="to")
     with _disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder, wait_s=wait_s, otherwise="give another --to"))
 
 
@@ -197,6 +199,7 @@ def _write_shards(records: list[Record], folder: Path, encoder: Encoder, setting
 
     assembly = Assembly(folder, folder / UNFINISHED, records, encoder, shard_bytes=int(settings.shard_mib * 2**20))
     _require_documents(assembly, folder, settings, comm)
+    on_root(comm, lambda: _require_room(folder, assembly.bytes_left))
     total = sum(assembly.num_tokens(split) for split in SPLITS) * int(encoder.dtype[-1])
     with Progress("writing shards", total=total // comm.size, show=comm.rank == 0) as progress:
         mine = write_all(assembly, comm.rank, comm.size, progress.advance)
@@ -214,6 +217,12 @@ def _write_shards(records: list[Record], folder: Path, encoder: Encoder, setting
 
     on_root(comm, complete)
     return assembly
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    """Before the disk is filled, and others with it."""
+    with _disk_errors(folder, f"and the shards still need {disk.readable(needed)}"):
+        disk.require(folder, needed)
 
 
 def _require_documents(assembly: Assembly, folder: Path, settings: Settings, comm: MPI.Comm) -> None:

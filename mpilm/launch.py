@@ -246,26 +246,26 @@ def greet(world: World, run_dir: str | Path | None) -> None:
     log.say(world.table())
 
 
-def make_directory(run_dir: str | Path) -> None:
-    """Where a run writes. Local.
+def make_directory(path: str | Path, *, option: str = "run.dir") -> None:
+    """Where a run, or what has another `option` for it, writes. Local.
 
     Raises:
         UserError: It cannot be made.
     """
-    with _named(run_dir):
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
+    with _named(path, option):
+        Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def _open_log(run_dir: str | Path) -> None:
     """Have this rank write log.txt there. Local. Raises as `make_directory`."""
-    with _named(run_dir):
+    with _named(run_dir, "run.dir"):
         log.setup(0, run_dir)
 
 
 @contextmanager
-def _named(run_dir: str | Path) -> Iterator[None]:
+def _named(path: str | Path, option: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--run.dir {run_dir}: {error.strerror} ({error.filename}). "
+        raise UserError(f"--{option} {path}: {error.strerror} ({error.filename}). "
                         "Name a directory that exists or can be made, and that you may write to.") from None

@@ -13,8 +13,8 @@ from tests.helpers import REPOSITORY
 
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 FLOORS = {
-    0: {"config", "options", "launch", "ulfm", "lock", "log", "marks", "named", "menu", "placement", "allocation",
-        "asked", "progress", "startup", "starting", "failure"},
+    0: {"config", "options", "launch", "ulfm", "lock", "log", "marks", "named", "disk", "menu", "placement",
+        "allocation", "asked", "progress", "startup", "starting", "failure"},
     1: {"comm", "model", "data", "planner", "bridge", "flat"},
     2: {"parallel", "sync"},
     3: {"checkpoint", "state", "optim"},

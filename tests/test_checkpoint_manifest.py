@@ -86,6 +86,16 @@ def test_anything_else_is_no_manifest(text):
         manifest.loads(text)
 
 
+@pytest.mark.parametrize(("text", "told"), [
+    (b"null", "it is JSON, but not an object"), (b"[]", "it is JSON, but not an object"), (b"{", "it is not JSON"),
+    (b"", "it is not JSON"), (b"{}", "its format is 'None'"), (b'{"format": 1}', "its format is '1'"),
+    (b'{"format": "mpilm checkpoint", "version": 2}', "its checksum is gone"),
+])
+def test_why_it_is_none(text, told):
+    with pytest.raises(DamagedError, match=told):
+        manifest.loads(text)
+
+
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b'{"sha256": 1}', b"\xff\xfe"])
 def test_traps_for_parsers(text):
     with pytest.raises(DamagedError, match="is not a manifest"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mpilm import disk
 from mpilm.checkpoint import manifest, retention, tensorfile
 from mpilm.checkpoint.pieces import Piece
 from mpilm.comm.arrays import fetch
@@ -46,7 +47,7 @@ class Place:
         return UserError(
             f"The checkpoint of step {self.step} could not be written: rank {self.rank} on {socket.gethostname()}: "
             f"{error.filename or self.partial}: {error.strerror}.{hint} "
-            f"{_readable(self.needed)} are needed, {self._free()} are free. {self._earlier()}")
+            f"{disk.readable(self.needed)} are needed, {disk.free(self.directory)} are free. {self._earlier()}")
 
     def _earlier(self) -> str:
         try:
@@ -58,30 +59,10 @@ class Place:
                     "goes on from there.")
         return f"No earlier one is in {self.directory}: when the cause is removed, the same command begins again."
 
-    def _free(self) -> str:
-        existing = next((path for path in (self.directory, *self.directory.parents) if path.is_dir()), Path("/"))
-        try:
-            return _readable(free_bytes(existing))
-        except OSError as error:
-            return f"an unknown number ({error.strerror})"
-
     def remove(self) -> None:
         """Leave nothing of it behind, as far as the file system lets us."""
         with suppress(OSError):
             retention.remove(self.partial)
-
-
-def free_bytes(directory: Path) -> int:
-    """Bytes that an ordinary user may still write there."""
-    facts = os.statvfs(directory)
-    return facts.f_bavail * facts.f_frsize
-
-
-def _readable(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def begin(place: Place) -> None:
@@ -91,9 +72,7 @@ def begin(place: Place) -> None:
         OSError: Also if there is not (ENOSPC), before anything has been written.
     """
     place.remove()
-    told = os.statvfs(place.directory).f_blocks > 0     # some file systems do not tell
-    if told and free_bytes(place.directory) < place.needed:
-        raise OSError(errno.ENOSPC, "No space left on device", str(place.directory))
+    disk.require(place.directory, place.needed)
     os.mkdir(place.partial)
 
 
@@ -167,7 +146,7 @@ def commit(place: Place, records: Sequence[dict[str, Any]], meta: dict[str, Any]
     text = manifest.dumps(place.step, records, meta, write_s=write_s)
     if len(text) > manifest.MAX_BYTES:
         raise UserError(f"The checkpoint of step {place.step} has so many pieces that its manifest would be too large "
-                        f"to be read: {_readable(len(text))}, at most {_readable(manifest.MAX_BYTES)}. Raise "
+                        f"to be read: {disk.readable(len(text))}, at most {disk.readable(manifest.MAX_BYTES)}. Raise "
                         "--sync.bucket_mib, or give --sync.save_replicas false. Earlier checkpoints are intact.")
     try:
         for part in records:

@@ -186,16 +186,13 @@ def loads(text: bytes) -> Manifest:
         DamagedError: It is not what `dumps` wrote.
         UserError: It is intact, but of a version that this program does not know.
     """
-    try:
-        body = json.loads(text)
-        claimed = body.pop("sha256")
-        intact = claimed == hashlib.sha256(_canonical(body)).hexdigest()
-        version = body.get("version")
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise DamagedError(f"is not a manifest ({type(error).__name__}: {error})") from None
+    body = _parsed(text)
     if body.get("format") != FORMAT:
         raise DamagedError(f"is not a manifest of this program (its format is {str(body.get('format'))[:80]!r})")
-    if not intact:
+    claimed, version = body.pop("sha256", None), body.get("version")
+    if claimed is None:
+        raise DamagedError("was changed after it was written: its checksum is gone")
+    if claimed != hashlib.sha256(_canonical(body)).hexdigest():
         also = "" if _readable(version) else f" and its version is {str(version)[:20]!r}, not {KNOWN}"
         raise DamagedError(f"was changed after it was written: its checksum does not match{also}")
     if not _readable(version):
@@ -205,6 +202,16 @@ def loads(text: bytes) -> Manifest:
         return _checked(body)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DamagedError(f"does not make sense ({type(error).__name__}: {error})") from None
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"is not a manifest: it is not JSON ({error})") from None
+    if not isinstance(body, dict):
+        raise DamagedError("is not a manifest: it is JSON, but not an object")
+    return body
 
 
 def _checked(body: dict[str, Any]) -> Manifest:

@@ -1,6 +1,7 @@
 """Encoding: every document once, in its split, for any kind of input. See test_encode_ranks.py for several ranks."""
 
 import json
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -226,6 +227,33 @@ def test_a_disk_that_fills_up_with_shards(comm, tmp_path, tokenizer):
         _shardfile.write(disk / "train-00000.h5", {"num_tokens": 1 << 20}, [np.zeros(1 << 20, np.uint16)],
                          np.zeros(1, np.int64))
     assert told.value.filename.endswith("train-00000.h5.tmp")
+
+
+@pytest.mark.parametrize(("room", "told"), [
+    (0.5, r"disk: the disk is full, or your share of it: .* free\. When"),
+    (1.5, r"disk: the disk is full, or your share of it: .* kB are free, and the shards still need .* kB\. When"),
+])
+def test_a_disk_that_is_too_small(comm, tmp_path, tokenizer, room, told):
+    """For what is encoded, or for the shards, of which none is begun then. With more room the same command goes on."""
+    large = Settings(shard_mib=0.1, unit_mib=0.1)
+    write(tmp_path / "in", DOCUMENTS * 20, "jsonl")
+    expected = Dataset.open(alone([tmp_path / "in"], tokenizer, tmp_path / "out", large))
+    size = int(room * expected.num_tokens * expected.dtype.itemsize) + 8 * expected.num_documents
+    with small_disk(comm, tmp_path / "disk", f"size={size}") as disk:
+        with pytest.raises(UserError, match=told):
+            alone([tmp_path / "in"], tokenizer, disk, large)
+        assert not list(disk.glob("*.h5*"))
+        subprocess.run(["mount", "-o", f"remount,size={6 * size}", str(disk)], check=True)
+        assert Dataset.open(alone([tmp_path / "in"], tokenizer, disk, large)).fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize("name", ["a file", "a file/below", "long" * 100])
+def test_an_output_folder_that_cannot_be(tmp_path, tokenizer, name):
+    """Waiting for anything to be mended would not help."""
+    write(tmp_path / "in", DOCUMENTS, "jsonl")
+    (tmp_path / "a file").touch()
+    with pytest.raises(UserError, match=r"(?s)^--to .*: (File exists|Not a directory|File name too long) .*Name a dir"):
+        alone([tmp_path / "in"], tokenizer, tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["unfinished/notes.txt", "job.json", "tokenizer.json"])
