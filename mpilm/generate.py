@@ -33,19 +33,21 @@ def main() -> None:
     with launch.session() as world:
         with startup.loading():
             from mpilm import resume, trained
+            from mpilm.model.cache import Cache
 
         reader = resume.open_run(options.path, world.comm)
         config = resume.config_of(reader)
         path = options.data or config.data.path
         resume.require_tokenizer(reader, path)
-        text = sample(trained.model(reader), path, options.prompt, num_tokens=options.tokens,
+        text = sample(trained.model(reader, context=Cache()), path, options.prompt, num_tokens=options.tokens,
                       context=config.data.sequence_length, temperature=options.temperature, seed=options.seed)
         say(text)
 
 
 def sample(model: GPT, data_path: str, prompt: str, *, num_tokens: int, context: int, temperature: float,
            seed: int) -> str:
-    """The prompt and what the model writes after it, by the tokenizer of the dataset at `data_path`.
+    """The prompt and what the model, whose context is a `Cache`, writes after it, by the tokenizer of the dataset at
+    `data_path`.
 
     Raises:
         UserError: The prompt is empty, or no text, or the tokenizer has no tokens for it.
@@ -76,9 +78,10 @@ def continuation(model: GPT, prompt: list[int], *, num_tokens: int, end: int, co
     """The tokens that follow `prompt`, drawn one by one: `num_tokens`, or fewer where the text ends.
 
     Args:
+        model: Its context is a `Cache`.
         prompt: At least one token.
         end: The token that ends a text; it is not among those that are returned.
-        context: The model sees so many of the last tokens.
+        context: The model sees at most so many of the last tokens, and at least half as many.
         temperature: 0 takes the most likely token; 1 draws from the model's distribution.
 
     Raises:
@@ -87,15 +90,22 @@ def continuation(model: GPT, prompt: list[int], *, num_tokens: int, end: int, co
     import numpy as np
     import torch
 
-    draw = np.random.default_rng(seed)
-    tokens = list(prompt)
+    from mpilm.model.cache import Cache
+
+    draw, cache = np.random.default_rng(seed), model.context
+    assert isinstance(cache, Cache)
+    tokens, new = list(prompt), prompt[-context:]
     with torch.no_grad(), _uncompiled():
         for _ in range(num_tokens):
-            logits = model(torch.tensor([tokens[-context:]]))[0, -1].double()
+            if cache.length + len(new) > context:   # every token would stand elsewhere then
+                cache.clear()
+                new = tokens[-max(1, context // 2):]
+            logits = model(torch.tensor([new]))[0, -1].double()
             token = _pick(logits.numpy(), temperature, draw)
             if token == end:
                 break
             tokens.append(token)
+            new = [token]
     return tokens[len(prompt):]
 
 

@@ -92,10 +92,11 @@ def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
     from mpilm import assemble, generate, resume, trained
     from mpilm.checkpoint import parameters
     from mpilm.data.shards import unigram_entropy
+    from mpilm.model.cache import Cache
     from mpilm.parallel import layout
 
     validation = program.validation
-    measured = (validation.loss(), validation.tokens) if validation is not None else None
+    measured = (validation.after(program.state.step), validation.tokens) if validation is not None else None
     measured, speeds = world.comm.bcast((measured, program.speeds), root=layout.num_servers(config))
     path = world.comm.bcast(str(program.saver.path))    # known to those who saved
     lines = [f"finished at step {program.state.step}"]
@@ -115,8 +116,8 @@ def summarize(program: Trainer | Serving, config: Config, world: World) -> None:
         say(f"\npython -m mpilm.generate {config.run.dir} has it write")
     elif world.rank == 0:
         try:
-            text = generate.sample(trained.model(reader), config.data.path, PROMPT, num_tokens=SAMPLE_TOKENS,
-                                   context=config.data.sequence_length, temperature=0.7, seed=config.run.seed)
+            text = generate.sample(trained.model(reader, context=Cache()), config.data.path, PROMPT, temperature=0.7,
+                                   num_tokens=SAMPLE_TOKENS, context=config.data.sequence_length, seed=config.run.seed)
             say(f"\nthe model writes:\n{text}")
         except UserError as error:
             warn(str(error))

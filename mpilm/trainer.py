@@ -156,7 +156,7 @@ class Trainer:
         values = self._values(window)
         if self.validation is not None and validates(self.config, step):
             self.where.enter("evaluating")
-            values["validation_loss"] = self.validation.loss()
+            values["validation_loss"] = self.validation.after(step)
         self.metrics.record(values)
         window.restart(self.sync.done(step))
 

@@ -47,6 +47,7 @@ class Validation:
         runs = even_runs(slots, comm.size // share)
         self.dataset, self.pipeline, self.losses = dataset, pipeline, Losses(comm, runs, pipeline.comm)
         self.averaged = averaged
+        self._found: dict[int, float] = {}
         self.tokens, self.of = slots * size * sequence_length, min(sequences, available) * sequence_length
         mine = runs[comm.rank // share]
         self.together = max(1, TOKENS // (size * sequence_length))
@@ -55,6 +56,12 @@ class Validation:
         self.rounds = max(map(len, runs))
         self.loader = Loader(dataset, order, sequence_length=sequence_length, micro_batch_size=size,
                              slots=range(self.together), mask_documents=mask_documents)
+
+    def after(self, step: int) -> float:
+        """`loss` after so many steps, measured once."""
+        if step not in self._found:
+            self._found = {step: self.loss()}
+        return self._found[step]
 
     def loss(self) -> float:
         """Mean loss, nats per token."""

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from mpilm import assemble, evaluate, generate, validation
 from mpilm.data import _format
 from mpilm.log import UserError
+from mpilm.model.cache import Cache
 from mpilm.model.gpt import GPT
 from mpilm.parallel import pipeline
 from tests import datasets
@@ -113,8 +114,13 @@ def test_a_prompt_has_the_tokens_of_the_text_that_was_learned(tmp_path, monkeypa
 
 def test_a_text_ends_where_the_model_ends_it():
     """What follows would be another text, and the two would be read as one."""
-    def model(tokens):
-        return torch.nn.functional.one_hot(tokens + 1, 8).float()
+    class Model:
+        context = Cache()
+
+        def __call__(self, tokens):
+            return torch.nn.functional.one_hot(tokens + 1, 8).float()
+
+    model = Model()
 
     options = {"num_tokens": 9, "context": 4, "temperature": 0, "seed": 0}
     assert generate.continuation(model, [1, 2], end=6, **options) == [3, 4, 5]
@@ -123,12 +129,16 @@ def test_a_text_ends_where_the_model_ends_it():
 
 def test_a_model_that_went_astray_writes_nothing():
     """Of whatever temperature."""
-    def model(tokens):
-        return torch.full((*tokens.shape, 8), math.nan)
+    class Model:
+        context = Cache()
+
+        def __call__(self, tokens):
+            return torch.full((*tokens.shape, 8), math.nan)
+
 
     for temperature in (0, 1):
         with pytest.raises(UserError, match="its training went astray"):
-            generate.continuation(model, [1], num_tokens=1, end=0, context=4, temperature=temperature, seed=0)
+            generate.continuation(Model(), [1], num_tokens=1, end=0, context=4, temperature=temperature, seed=0)
 
 
 def test_a_loss_beyond_all_numbers_has_a_perplexity():

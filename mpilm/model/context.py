@@ -1,8 +1,8 @@
 """What a rank has of a sequence: which tokens, where they stand, how they attend; here, a rank that has all of them.
 
 The model asks this of its context and does not know whether ranks share the sequence. `Whole` has every token, in
-order. `parallel/context.py` has the ring, whose ranks have T / size tokens each; attention is the only layer of the
-model that looks at other tokens than its own, so it is the only one that differs.
+order; `cache.py` has a sequence that grows. `parallel/context.py` has the ring, whose ranks have T / size tokens each;
+attention is the only layer of the model that looks at other tokens than its own, so it is the only one that differs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ class Whole:
     Attributes:
         size: Ranks that share a sequence.
         ledgers: Messages between them.
+        moves: My tokens stand somewhere else in every call.
     """
 
     size = 1
+    moves = False
     ledgers: tuple[Any, ...] = ()
 
     def share(self, x: Tensor) -> Tensor:

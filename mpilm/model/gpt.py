@@ -118,10 +118,10 @@ class GPT(nn.Module):
         return
 
     def places(self, inputs: Tensor, documents: Tensor | None) -> Places:
-        """Where my tokens of `inputs` [B, T] stand. Without documents it is the same in every step, and kept."""
+        """Where my tokens of `inputs` [B, T] stand. Where it is the same in every step, it is kept."""
         length, device, context = inputs.shape[1], inputs.device, self.context
         dtype = next(self.parameters()).dtype
-        if documents is not None:
+        if documents is not None or context.moves:
             return Places.of(length, documents, self.shape, device, dtype, context)
         kept = self._places
         if kept is None or kept.rotary.shape[1] * context.size != length or kept.rotary.device != device:
