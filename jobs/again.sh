@@ -9,8 +9,9 @@
 # The last word have 0, 2 ("to be put right"), 75 ("saved, submit me again"), and any end after a signal to this script,
 # as Ctrl-C is. After all else (a rank was killed, it hung, too few are left, a bug) the same command is started again
 # if it had completed a checkpoint since it was started, and up to twice if it did not get as far as its first word: a
-# node may come back. If not, its exit code is that of this script; or 75 where an earlier start had completed a
-# checkpoint: elsewhere it may go on.
+# node may come back. If it is not started again, its exit code is that of this script; or 75 where an earlier start had
+# completed a checkpoint: elsewhere it may go on. Launchers end with 0 also when no rank could be started or none is
+# left; without the program's own word that counts as 1.
 set -uo pipefail
 export MPILM_MARKS=$PWD/.marks-${SLURM_JOB_ID:-${PBS_JOBID:-0}}-$$
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || rm -f "$PWD/.marks-$SLURM_JOB_ID-"* # of starts whose node went down
@@ -35,6 +36,7 @@ while true; do
     : >"$MPILM_MARKS"
     code=0
     "$@" || code=$?
+    [ "$code" != 0 ] || marked ended || code=1
     case "$code" in 0 | 2 | 75 | 126 | 127) exit "$code" ;; esac
     [ -z "$told" ] || exit "$code"
     if marked saved; then

@@ -7,12 +7,12 @@
 # MPILM_VENV: the environment, on a file system that all nodes see; without it, .venv. `none`: python is on PATH.
 # MPILM_ARGS: the options of a PBS script, which has no command line; values without spaces.
 export MPILM_SITE=${MPILM_SITE:-openmpi} MPILM_VENV=${MPILM_VENV:-.venv} MPILM_ARGS=${MPILM_ARGS:-}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it from sbatch
+# srun takes over from sbatch not the cores, but --export=NONE, and would not find this environment.
+export SLURM_EXPORT_ENV=ALL SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 # shellcheck disable=SC2034 # for PBS scripts
 read -ra options <<<"$MPILM_ARGS"
 
-# All ranks end with 75 within moments of each other, and whoever ends first must not have the others killed. When a
-# rank is killed the others are given a minute.
+# All ranks end with 75 within moments, and whoever is first must not have the others killed. A killed one gives a minute.
 # shellcheck disable=SC2034 # for the sites
 srun_options=(--cpu-bind=cores --kill-on-bad-exit=0 --wait=60)
 

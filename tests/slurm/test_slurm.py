@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.chaos.jobs import weights
-from tests.slurm.submitted import steps
+from tests.slurm.submitted import settings, steps
 
 pytestmark = [pytest.mark.serial, pytest.mark.slow]
 # The time is up when less than this is left of the minutes that a job has: at once, which is after its second step.
@@ -15,8 +15,9 @@ pytestmark = [pytest.mark.serial, pytest.mark.slow]
 OUT_OF_TIME = {"run.stop_before_s": 1000}
 
 
-def test_one_node(submit, undisturbed, tmp_path):
-    job = submit("train_one_node")
+def test_one_node(submit, site, undisturbed, tmp_path):
+    """Where it is the site's custom that a job takes over nothing else from the shell, and srun nothing from the job."""
+    job = submit("train_one_node", f"--export={','.join(settings(site, tmp_path))}")
     assert job.ends() == ("COMPLETED", 0), job.words
     assert weights(tmp_path / "run") == undisturbed
 
