@@ -12,7 +12,7 @@ export SLURM_EXPORT_ENV=ALL SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 # shellcheck disable=SC2034 # for PBS scripts
 read -ra options <<<"$MPILM_ARGS"
 
-# All ranks end with 75 within moments, and whoever is first must not have the others killed. A killed one gives a minute.
+# All ranks end with 75 within moments, so whoever ends first does not have the others killed; after a minute, yes.
 # shellcheck disable=SC2034 # for the sites
 srun_options=(--cpu-bind=cores --kill-on-bad-exit=0 --wait=60)
 

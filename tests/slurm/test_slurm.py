@@ -16,7 +16,7 @@ OUT_OF_TIME = {"run.stop_before_s": 1000}
 
 
 def test_one_node(submit, site, undisturbed, tmp_path):
-    """Where it is the site's custom that a job takes over nothing else from the shell, and srun nothing from the job."""
+    """Where it is the custom that a job takes nothing else over from the shell, and srun nothing from the job."""
     job = submit("train_one_node", f"--export={','.join(settings(site, tmp_path))}")
     assert job.ends() == ("COMPLETED", 0), job.words
     assert weights(tmp_path / "run") == undisturbed
