@@ -45,6 +45,7 @@ FILE = "hang.txt"
 BEATS = 10      # in the time after which a silent rank counts as missing
 TURN = 1.1      # times that, before a rank that hears one other takes it upon itself to judge
 PATIENT = 5     # times as long as steps may take what happens once: a corpus is prepared, a program assembled
+FOREVER = 1 << 30   # what somebody else's code takes is for them to say
 LATE = 3        # periods without a turn of this thread
 ANSWER_S = 3.0  # within which ranks tell their stacks
 SMOOTH = 5      # steps, about, over which the time of one is averaged
@@ -94,11 +95,12 @@ class Heart:
         comm: Private to it.
         timeout_s: Without progress, or without a beat.
         slow: A rank is a straggler when its work takes so many times the median's.
-        directory: Where `hang.txt` is written.
+        directory: Where `hang.txt` is written; None: nowhere.
     """
 
-    def __init__(self, comm: MPI.Comm, where: Where, *, timeout_s: float, slow: float, directory: str | Path) -> None:
-        self.comm, self.where, self.path = comm, where, Path(directory) / FILE
+    def __init__(self, comm: MPI.Comm, where: Where, *, timeout_s: float, slow: float,
+                 directory: str | Path | None) -> None:
+        self.comm, self.where, self.directory = comm, where, directory
         self.hears_all = comm.rank < 2
         self.before, self.behind = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
         self.vigil = Vigil(comm.size, timeout_s=timeout_s, slow=slow, watched=None if self.hears_all else [self.before])
@@ -201,10 +203,12 @@ class Heart:
     def _tell(self, report: str) -> NoReturn:
         sys.stderr.write(report)
         sys.stderr.flush()
-        try:
-            self.path.write_text(time.strftime("%Y-%m-%d %H:%M:%S %z\n") + report)     # it stays when the run goes on
-        except OSError as error:
-            sys.stderr.write(f"{self.path}: {error.strerror}\n")
+        if self.directory is not None:
+            path = Path(self.directory) / FILE
+            try:
+                path.write_text(time.strftime("%Y-%m-%d %H:%M:%S %z\n") + report)     # it stays when the run goes on
+            except OSError as error:
+                sys.stderr.write(f"{path}: {error.strerror}\n")
         wait_until_read(STDERR)
         MPI.COMM_WORLD.Abort(HUNG)
         os._exit(HUNG)
@@ -225,12 +229,15 @@ class Pulse:
     There is none where it is not wanted (`hang_timeout_s` 0), or where this MPI cannot be called from two threads,
     which is said.
 
+    Args:
+        keeps: The run has a directory, and what hangs is written there too.
+
     Attributes:
         where: What this rank is doing; a new one with every heart.
     """
 
-    def __init__(self, config: Run) -> None:
-        self.config, self.where = config, Where()
+    def __init__(self, config: Run, *, keeps: bool = True) -> None:
+        self.config, self.keeps, self.where = config, keeps, Where()
         self.world: World | None = None
         self.heart: Heart | None = None
 
@@ -250,7 +257,7 @@ class Pulse:
             warn("this MPI runs without MPI_THREAD_MULTIPLE: a rank that hangs is not noticed (--run.hang_timeout_s).")
             return self.where
         self.heart = Heart(world.dup("heartbeat"), self.where, timeout_s=self.config.hang_timeout_s,
-                           slow=self.config.straggler, directory=self.config.dir)
+                           slow=self.config.straggler, directory=self.config.dir if self.keeps else None)
         return self.where
 
     def close(self) -> None:

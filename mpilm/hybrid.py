@@ -43,4 +43,9 @@ def model(layers: nn.Sequential | Sequence[nn.Module], loss: Callable[[Tensor, T
     with session() as world:
         from mpilm import sequential
 
-        yield sequential.build(layers, loss, inputs, targets, config, world, optimizer=optimizer)
+        built = sequential.build(layers, loss, inputs, targets, config, world, optimizer=optimizer)
+        try:
+            yield built
+            built.wait()
+        finally:
+            built.free()

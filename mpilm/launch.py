@@ -182,8 +182,11 @@ def session(*, run_dir: str | Path | None = None, device: str = "host") -> Itera
             raise
         world.free()
         return
-    startup.allow_open_files()
     launcher = placement.launcher(os.environ)
+    if _mpi_has_ended():
+        startup.end_all("MPI ended with this program's first session, and can't be started again: put what belongs "
+                        "together into one `with mpilm.launch.session():`.", launcher)
+    startup.allow_open_files()
     chosen = startup.choose_gpu((launcher and launcher.local_rank) or 0, device)
     with starting.within(launcher):
         startup.start_mpi(launcher)
@@ -208,11 +211,16 @@ def session(*, run_dir: str | Path | None = None, device: str = "host") -> Itera
 
 
 def _mpi_is_running() -> bool:
-    if "mpi4py.MPI" not in sys.modules:
-        return False
-    from mpi4py import MPI
+    return _asked_mpi("Is_initialized") and not _mpi_has_ended()
 
-    return bool(MPI.Is_initialized()) and not MPI.Is_finalized()
+
+def _mpi_has_ended() -> bool:
+    return _asked_mpi("Is_finalized")
+
+
+def _asked_mpi(question: str) -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and bool(getattr(mpi, question)())
 
 
 def _arrive(device: str, base: Base | None, comm: MPI.Comm, guard: Guard | None) -> World:

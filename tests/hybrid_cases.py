@@ -58,10 +58,10 @@ def everyone(layers, config, **options):
 
 
 @contextmanager
-def alone(layers, config, **options):
+def alone(layers, config, *, loss=nn.functional.cross_entropy, **options):
     """The same on one rank: each rank for itself."""
     with session() as world:
-        yield sequential.build(layers, nn.functional.cross_entropy, *examples(), config, world.alone(), **options)
+        yield sequential.build(layers, loss, *examples(), config, world.alone(), **options)
 
 
 def course(model):

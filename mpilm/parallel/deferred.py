@@ -72,6 +72,7 @@ class Deferred:
         self.layers: list[Linear] = []
         chosen = own if own is not None else [module for module in part.modules()
                                               if type(module) in KINDS and module.bias is None]
+        self.kinds: list[Any] = [type(module) for module in chosen]
         for module in chosen:
             products, module.__class__ = KINDS[type(module)], Linear
             assert isinstance(module, Linear)
@@ -79,11 +80,21 @@ class Deferred:
             self.layers.append(module)
         late = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         named = dict(part.named_parameters())
+        if hooked := [name for name, parameter in named.items() if parameter._backward_hooks]:
+            raise UserError(f"{hooked[0]} has a hook for its gradient, which a backward pass in two halves would call "
+                            "twice: give another --parallel.schedule than zb.")
         self.late = {name for name, parameter in named.items() if id(parameter) in late}
         self.early = {name: parameter for name, parameter in named.items() if name not in self.late}
         self.watched = [layer.weight for layer in self.layers] if own else []
         self.rows: Rows = ()
         self.taps: list[Tensor] = []
+
+    def undo(self) -> None:
+        """The layers are again what they were."""
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
+            layer.__class__ = kind
+            for name in ("products", "x_tap", "dy_tap"):
+                layer.__dict__.pop(name, None)
 
     def prepare(self, rows: Rows) -> None:
         """Before a forward pass over micro-batches of so many rows, such as (sequences, tokens)."""

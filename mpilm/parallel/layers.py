@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from mpilm.log import UserError
 from mpilm.model.recompute import again
-from mpilm.parallel.trial import Seen
+from mpilm.parallel.trial import Seen, scalar
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,17 +34,21 @@ class Layers(nn.Module):
         stage: Which of them this is.
         loss: (output, target) -> mean over the micro-batch, a scalar.
         seen: What each layer makes of a micro-batch (see trial.py).
+        loss_draws: The loss draws random numbers.
         dtype: Of weights and activations, and what floating-point inputs are made. The loss is computed in float32.
-        recompute: Keep only a layer's input; run it again in the backward pass.
+        recompute: Keep only a layer's input; run it again in the backward pass. Not of layers that have parameters in
+            common: their gradients would come apart.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], stages: Sequence[range], stage: int, loss: Loss,
-                 seen: Sequence[Seen], *, dtype: torch.dtype, recompute: bool = False) -> None:
+                 seen: Sequence[Seen], *, dtype: torch.dtype, loss_draws: bool = False,
+                 recompute: bool = False) -> None:
         super().__init__()
         names, self.units = list(layers), stages[stage]
         self.layers = nn.ModuleDict({names[unit]: layers[names[unit]] for unit in self.units})
         self.losses = [loss]        # a module that is no attribute has no say in what this one's parameters are
-        self.seen, self.dtype, self.recompute = seen, dtype, recompute
+        self.seen, self.dtype, self.loss_draws = seen, dtype, loss_draws
+        self.recomputed = _with_own_parameters(layers) if recompute else set()
         self.shapes = [seen[units.start - 1].shape for units in stages]
         self.last = stage == len(stages) - 1
 
@@ -57,12 +61,13 @@ class Layers(nn.Module):
         return tuple(slot)
 
     def linear_rows(self) -> Mapping[nn.Linear, tuple[int, ...]]:
-        """Those of its linear layers that are called once, by the list itself, with weights of their own."""
+        """Those of its linear layers that are called once, by the list itself, with weights of their own, which nobody
+        makes of others."""
         layers = list(self.layers.values())
         used = Counter(id(tensor) for _, tensor in self.layers.named_parameters(remove_duplicate=False))
         return {layer: self.seen[unit].shape[:-1] for unit, layer in zip(self.units, layers, strict=True)
-                if type(layer) is nn.Linear and all(tensor.requires_grad and used[id(tensor)] == 1
-                                                    for tensor in layer.parameters())}
+                if type(layer) is nn.Linear and set(layer._parameters) == {"weight", "bias"}
+                and all(tensor.requires_grad and used[id(tensor)] == 1 for tensor in layer.parameters())}
 
     def named_parameters(self, prefix: str = "", recurse: bool = True,
                          remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
@@ -86,31 +91,28 @@ class Layers(nn.Module):
         for unit, layer in zip(self.units, self.layers.values(), strict=True):
             x = _settled(self._layer(unit, layer, x, key))
         if self.last and targets is not None:
-            x = _scalar(self.losses[0](x.float(), _copy(targets, torch.float32)))
+            with _drawing(key, len(self.seen), self.loss_draws):
+                x = scalar(self.losses[0](x.float(), _copy(targets, torch.float32)))
         return x if x.requires_grad else x.requires_grad_()     # a stage with nothing to train goes backward too
 
     def _layer(self, unit: int, layer: nn.Module, x: Tensor, key: Tensor | None) -> Tensor:
-        keyed = key is not None and self.seen[unit].draws
-
         def run(x: Tensor) -> Tensor:
-            with torch.random.fork_rng(devices=[], enabled=keyed):
-                if keyed:
-                    torch.default_generator.manual_seed(_seed(key, unit))
-                y: Tensor = layer(x.clone() if self.recompute else x)
+            with _drawing(key, unit, self.seen[unit].draws):
+                y: Tensor = layer(x.clone() if unit in self.recomputed else x)
             return y
 
-        return again(run, x) if self.recompute else run(x)
+        return again(run, x) if unit in self.recomputed else run(x)
+
+
+def _with_own_parameters(layers: Mapping[str, nn.Module]) -> set[int]:
+    """Numbers of the layers no other layer has parameters of."""
+    used = Counter(id(tensor) for layer in layers.values() for tensor in layer.parameters())
+    return {number for number, layer in enumerate(layers.values())
+            if all(used[id(tensor)] == 1 for tensor in layer.parameters())}
 
 
 def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, copy=True) if x.is_floating_point() else x.clone()
-
-
-def _scalar(loss: Tensor) -> Tensor:
-    if loss.dim():
-        raise UserError(f"The loss is a tensor of shape {tuple(loss.shape)}: it must be a scalar, the mean over the "
-                        "micro-batch.")
-    return loss
 
 
 def _settled(x: Tensor) -> Tensor:
@@ -118,6 +120,16 @@ def _settled(x: Tensor) -> Tensor:
     if x.requires_grad:
         x.register_hook(torch.Tensor.contiguous)
     return x
+
+
+@contextmanager
+def _drawing(key: Tensor | None, unit: int, draws: bool) -> Iterator[None]:
+    """In such a block, what `draws` draws by the slot's key and its own number."""
+    keyed = key is not None and draws
+    with torch.random.fork_rng(devices=[], enabled=keyed):
+        if keyed:
+            torch.default_generator.manual_seed(_seed(key, unit))
+        yield
 
 
 def _seed(key: Tensor | None, unit: int) -> int:

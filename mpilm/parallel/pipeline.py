@@ -134,6 +134,11 @@ class Pipeline:
         """Forget the step in hand."""
         self._begin([])
 
+    def give_back(self) -> None:
+        """The chunks' layers are again what they were."""
+        for deferred in self.deferred:
+            deferred.undo()
+
     def _begin(self, batch: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
         self.batch = batch
         self.results: dict[int, Tensor] = {}

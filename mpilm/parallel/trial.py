@@ -1,14 +1,15 @@
 """One micro-batch through a list of layers, before anything is built: what each makes of it, and what it costs.
 
-    seen = look(layers, inputs)           # [Seen(shape=(4, 256), flops=1605632, draws=False, ...), ...]
-    costs(layers, seen)                   # what `partition.cheapest` takes
+    seen, output = look(layers, inputs)     # [Seen(shape=(4, 256), flops=1605632, draws=False, ...), ...]
+    costs(layers, seen)                     # what `partition.cheapest` takes
+    draws(loss, output, targets)            # False
 
 It also finds what cannot be split over ranks without a change of its results, and says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpilm.log import UserError
 from mpilm.parallel.partition import FLOPS_A_GRADIENT
+
+DROPOUT = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Seen:
         shape: Of its output.
         dtype: Of its output.
         flops: Of its forward pass, matrix products and convolutions.
-        draws: It drew random numbers, as dropout does.
+        draws: It drew random numbers, or is dropout, which may come to it later.
     """
 
     shape: tuple[int, ...]
@@ -37,8 +40,8 @@ class Seen:
 
 
 @torch.no_grad()
-def look(layers: Sequence[nn.Module], inputs: Tensor) -> list[Seen]:
-    """Run `inputs`, a micro-batch, through the layers, in training mode.
+def look(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[list[Seen], Tensor]:
+    """Run `inputs`, a micro-batch, through the layers, in training mode; also gives the output of the last.
 
     Raises:
         UserError: A layer does not take what it gets, does not make a tensor, or keeps running statistics.
@@ -47,9 +50,9 @@ def look(layers: Sequence[nn.Module], inputs: Tensor) -> list[Seen]:
     x = inputs.clone()
     with torch.random.fork_rng(devices=[]):
         for number, layer in enumerate(layers):
-            x, flops, draws = _run(f"Layer {number} ({type(layer).__name__})", layer.train(), x)
-            seen.append(Seen(tuple(x.shape), x.dtype, flops, draws))
-    return seen
+            x, flops, drew = _run(f"Layer {number} ({type(layer).__name__})", layer.train(), x)
+            seen.append(Seen(tuple(x.shape), x.dtype, flops, drew or _may_draw(layer)))
+    return seen, x
 
 
 def _run(name: str, layer: nn.Module, x: Tensor) -> tuple[Tensor, int, bool]:
@@ -64,8 +67,49 @@ def _run(name: str, layer: nn.Module, x: Tensor) -> tuple[Tensor, int, bool]:
         raise UserError(f"{name} makes a {type(y).__name__}: a layer takes one tensor and makes one tensor.")
     if changed := [key for key, value in layer.named_buffers() if not _same(value, buffers.get(key))]:
         raise UserError(f"{name} changes its buffer {changed[0]} as it trains, which would come out differently on "
-                        "every layout: use LayerNorm or GroupNorm, or track_running_stats=False.")
+                        "every layout: use LayerNorm or GroupNorm.")
     return y, counter.get_total_flops(), not torch.equal(state, torch.get_rng_state())
+
+
+def _may_draw(layer: nn.Module) -> bool:
+    """Dropout with a share of 0 draws nothing, until somebody raises it."""
+    return any(isinstance(module, DROPOUT) for module in layer.modules())
+
+
+def draws(loss: Callable[[Tensor, Tensor], Tensor], output: Tensor, targets: Tensor) -> bool:
+    """Compute the loss of a micro-batch; whether it draws random numbers.
+
+    Raises:
+        UserError: It fails, makes no scalar tensor, or nothing can be learned by it.
+    """
+    if isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
+        raise UserError("The loss has parameters, which nobody would train: make them part of a layer, or freeze them.")
+    leaf = output.detach().float().requires_grad_()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        state = torch.get_rng_state()
+        try:
+            found = loss(leaf, targets)
+        except Exception as error:      # whatever the user's loss raises
+            raise UserError(f"The loss fails on outputs {tuple(output.shape)} and targets {tuple(targets.shape)} of "
+                            f"{targets.dtype}: {error}") from None
+        if not scalar(found).requires_grad:
+            raise UserError("The loss has no gradient (it was made by .item(), .detach(), argmax or a comparison, "
+                            "say): nothing can be learned by it.")
+        return not torch.equal(state, torch.get_rng_state())
+
+
+def scalar(loss: object) -> Tensor:
+    """What a loss makes.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if not isinstance(loss, Tensor):
+        raise UserError(f"The loss is a {type(loss).__name__}: it must be a tensor, the mean over the micro-batch.")
+    if loss.dim():
+        raise UserError(f"The loss is a tensor of shape {tuple(loss.shape)}: it must be a scalar, the mean over the "
+                        "micro-batch.")
+    return loss
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor
 from mpilm.comm.order import BLOCK
 from mpilm.comm.worker import Inline, Worker
 from mpilm.flat import Flat, Update
+from mpilm.log import UserError
 from mpilm.sync._buckets import Bucket, Leaving, Read, Run
 from mpilm.sync._departures import Departures
 
@@ -83,6 +84,10 @@ class Synchronizer(ABC, Generic[AnyBucket]):
     def _hook(self, name: str) -> Any:
         def take(parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
+            if name not in self.missing:
+                raise UserError(f"The gradient of {name} comes in several parts: layers that have it in common are "
+                                "computed again in backward passes of their own. torch.utils.checkpoint: give "
+                                "use_reentrant=False.")
             self._take(name, gradient)
         return take
 
