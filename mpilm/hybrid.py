@@ -29,7 +29,8 @@ def model(layers: nn.Sequential | Sequence[nn.Module], loss: Callable[[Tensor, T
 
     Args:
         layers: Each takes a tensor and makes a tensor. Rank 0's initial values are everyone's. A rank takes over the
-            layers of its stages.
+            layers of its stages until the end of the `with`. They are put into training mode, whatever mode they came
+            in, and into evaluation mode for predictions.
         loss: (output, target) -> mean over a micro-batch, a scalar; such as nn.functional.cross_entropy.
         inputs: [examples, ...], array or tensor, the same on every rank.
         targets: [examples, ...], likewise.
